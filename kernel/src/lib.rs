@@ -1,0 +1,27 @@
+//! Everything in kbp that touches the kernel: typed, synchronous wrappers around
+//! netlink, ethtool, io_uring, seccomp notifications, socket options, network
+//! namespaces and CPU placement.
+//!
+//! This is the only crate of the workspace that contains `unsafe`; every block
+//! says why it is sound. Nothing here decides policy, and no function asks for a
+//! kernel version: a feature is there when trying it works ([`probe`]).
+
+#![allow(unsafe_code)]
+
+pub mod cpu;
+pub mod error;
+pub mod ethtool;
+pub mod link;
+pub mod napi;
+pub mod netlink;
+pub mod netns;
+pub mod nft;
+pub mod notify;
+pub mod probe;
+pub mod process;
+pub mod ring;
+pub mod sockopt;
+pub mod types;
+
+pub use error::{Error, Result};
+pub use types::{CpuId, CpuSet, IfIndex, MacAddr, Micros, Mtu, NapiId};

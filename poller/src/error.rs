@@ -1,0 +1,58 @@
+//! Errors of the poller.
+
+/// Result of the poller.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// A failed poller operation.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A policy key or config value is not valid.
+    #[error("{origin}: {key} = {value:?} is not valid; allowed: {allowed}")]
+    InvalidValue {
+        /// Where it was written: `annotation`, `runtime options`, or the config file's path.
+        origin: String,
+        /// The key.
+        key: String,
+        /// The value as it was given.
+        value: String,
+        /// What would be accepted.
+        allowed: String,
+    },
+    /// A key that kbp does not know.
+    #[error("{origin}: {key} is not a kbp setting; known: {known}")]
+    UnknownKey {
+        /// Where it was written.
+        origin: String,
+        /// The key.
+        key: String,
+        /// The known keys.
+        known: String,
+    },
+    /// The config file could not be read or parsed.
+    #[error("config {path}: {reason}")]
+    Config {
+        /// The file.
+        path: String,
+        /// Why, with line and column where the parser knows.
+        reason: String,
+    },
+    /// A part that the pod requires does not work here.
+    #[error("kbp.io/required is true, but {part} is not active: {reason}")]
+    Required {
+        /// The part.
+        part: crate::state::Part,
+        /// Why.
+        reason: String,
+    },
+    /// The state directory could not be read or written.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried on which file.
+        what: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The kernel refused.
+    #[error(transparent)]
+    Kernel(#[from] kbp_kernel::Error),
+}
