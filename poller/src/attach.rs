@@ -1,14 +1,13 @@
 //! Attach and detach of a pod.
 
-use std::path::PathBuf;
-
-use kbp_kernel::netns::Netns;
 use kbp_kernel::CpuSet;
+use kbp_kernel::netns::Netns;
 
+use crate::Result;
+use crate::config::Config;
 use crate::policy::Policy;
 use crate::state::{Degraded, PodState};
 use crate::window::Window;
-use crate::Result;
 
 /// What to attach.
 #[derive(Debug)]
@@ -27,10 +26,8 @@ pub struct AttachRequest {
     pub window: Window,
     /// What the caller already knows to be missing (socket parts).
     pub degraded: Vec<Degraded>,
-    /// Pool of the node.
-    pub pool: CpuSet,
-    /// Where state and claims live.
-    pub state_dir: PathBuf,
+    /// The node's settings: CPU pool, state directory, features that are switched off.
+    pub config: Config,
 }
 
 /// An attached pod. Dropping it detaches: worker, claim and state file go, the veth's features stay (they vanish with it).
@@ -50,13 +47,21 @@ pub enum Outcome {
 
 /// Finds the pod's veths, makes them pollable, starts the worker, writes the state file. Undoes its own work on error.
 /// Fails only for `required` policies and for a state directory that cannot be written; everything else degrades.
-pub fn attach(_request: AttachRequest) -> Result<Outcome> { todo!() }
+pub fn attach(_request: AttachRequest) -> Result<Outcome> {
+    todo!()
+}
 
 impl Attachment {
     /// What is true now.
-    pub fn state(&self) -> PodState { todo!() }
+    pub fn state(&self) -> PodState {
+        todo!()
+    }
     /// Adds a degraded part that was found out later (a seccomp listener that could not be installed) and rewrites the state file.
-    pub fn degrade(&self, _degraded: Degraded) { todo!() }
+    pub fn degrade(&self, _degraded: Degraded) {
+        todo!()
+    }
     /// Detaches; the same as dropping it, but tells errors.
-    pub fn detach(self) -> Result<()> { todo!() }
+    pub fn detach(self) -> Result<()> {
+        todo!()
+    }
 }

@@ -1,28 +1,334 @@
 //! The node's `/etc/kbp/config.toml`; another path by `KBP_CONFIG`.
 
+use std::collections::BTreeSet;
+use std::fmt;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use kbp_kernel::CpuSet;
+use kbp_kernel::cpu::Topology;
+use serde::{Deserialize, Serialize};
 
-use crate::policy::Layer;
-use crate::Result;
+use crate::policy::{Layer, choose, toml_reason};
+use crate::{Error, Result};
+
+/// Where the config is when `KBP_CONFIG` names no other place.
+pub const DEFAULT_PATH: &str = "/etc/kbp/config.toml";
+
+/// Where state and claims are when the config names no other place.
+pub const DEFAULT_STATE_DIR: &str = "/run/kbp";
+
+const KEYS: &str = "worker, busy-poll, profile, required, cpus, state-dir, runtime, disable";
+
+/// A kernel feature that the operator can switch off, for a kernel on which it misbehaves.
+/// kbp then acts as if the kernel had refused it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Feature {
+    /// GRO and TSO settings that give a veth its NAPI instances.
+    Napi,
+    /// io_uring kernel threads that poll: no worker.
+    Sqpoll,
+    /// The seccomp listener: sockets and epoll instances keep the kernel's defaults.
+    SeccompNotify,
+    /// EPIOCSPARAMS: epoll instances do not busy-poll.
+    EpollParams,
+}
+
+impl Feature {
+    /// Every feature that can be switched off.
+    pub const ALL: [Self; 4] = [
+        Self::Napi,
+        Self::Sqpoll,
+        Self::SeccompNotify,
+        Self::EpollParams,
+    ];
+}
+
+impl fmt::Display for Feature {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Napi => "napi",
+            Self::Sqpoll => "sqpoll",
+            Self::SeccompNotify => "seccomp-notify",
+            Self::EpollParams => "epoll-params",
+        })
+    }
+}
 
 /// The node's settings. A missing file is the default; a malformed one is an error.
 #[derive(Debug, Clone)]
 pub struct Config {
+    /// The file that was read, or would have been.
+    pub path: PathBuf,
     /// Policy where neither annotations nor runtime options speak (`worker`, `busy-poll`, `profile`, `required`).
     pub policy: Layer,
     /// CPUs for workers: `cpus = "2-3"` or `"isolated"`; empty: no pool.
     pub cpus: CpuSet,
-    /// Directory of state, claims and notifier sockets; default `/run/kbp`.
+    /// Directory of state, claims and notifier sockets (`state-dir`); default `/run/kbp`.
     pub state_dir: PathBuf,
     /// OCI runtime binary when containerd's options name none (`runtime = "runc"`).
     pub runtime: String,
+    /// `disable = ["sqpoll"]`: features that are not to be used.
+    pub disable: BTreeSet<Feature>,
 }
 
 impl Config {
     /// Reads the file that `KBP_CONFIG` names, else `/etc/kbp/config.toml`.
-    pub fn load() -> Result<Self> { todo!() }
+    pub fn load() -> Result<Self> {
+        let named = std::env::var_os("KBP_CONFIG").filter(|p| !p.is_empty());
+        Self::read(Path::new(named.as_deref().unwrap_or(DEFAULT_PATH.as_ref())))
+    }
+
     /// Reads one file.
-    pub fn read(_path: &Path) -> Result<Self> { todo!() }
+    pub fn read(path: &Path) -> Result<Self> {
+        match std::fs::read_to_string(path) {
+            Ok(text) => Self::parse(path, &text, Topology::read, Path::new("/sys")),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Self::default_at(path)),
+            Err(e) => Err(Error::Config {
+                path: path.display().to_string(),
+                reason: e.to_string(),
+            }),
+        }
+    }
+
+    /// Why `feature` is not to be used, when the operator switched it off.
+    pub fn switched_off(&self, feature: Feature) -> Option<String> {
+        self.disable.contains(&feature).then(|| {
+            format!(
+                "switched off by disable = [\"{feature}\"] in {}",
+                self.path.display()
+            )
+        })
+    }
+
+    fn default_at(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            policy: Layer::default(),
+            cpus: CpuSet::default(),
+            state_dir: PathBuf::from(DEFAULT_STATE_DIR),
+            runtime: "runc".to_owned(),
+            disable: BTreeSet::new(),
+        }
+    }
+
+    fn parse(
+        path: &Path,
+        text: &str,
+        topology: impl FnOnce() -> kbp_kernel::Result<Topology>,
+        sys: &Path,
+    ) -> Result<Self> {
+        let origin = format!("config {}", path.display());
+        let table: toml::Table = text.parse().map_err(|e| Error::Config {
+            path: path.display().to_string(),
+            reason: toml_reason(&e),
+        })?;
+        let mut config = Self::default_at(path);
+        let mut topology = Some(topology);
+        for (key, value) in &table {
+            let refuse = |allowed: &str| Error::InvalidValue {
+                origin: origin.clone(),
+                key: key.clone(),
+                value: value
+                    .as_str()
+                    .map_or_else(|| value.to_string(), str::to_owned),
+                allowed: allowed.to_owned(),
+            };
+            let text = value.as_str().filter(|t| !t.is_empty());
+            match key.as_str() {
+                "cpus" => {
+                    let text = value
+                        .as_str()
+                        .ok_or_else(|| refuse("a CPU list such as \"2-3\", or \"isolated\""))?;
+                    // Keys of a table are unique, so the topology is asked for once.
+                    if let Some(topology) = topology.take() {
+                        config.cpus = pool(text, &topology()?, sys).map_err(|a| refuse(&a))?;
+                    }
+                }
+                "state-dir" => {
+                    let dir = text.map(Path::new).filter(|d| d.is_absolute());
+                    config.state_dir = dir.ok_or_else(|| refuse("an absolute path"))?.to_owned();
+                }
+                "runtime" => {
+                    config.runtime = text
+                        .ok_or_else(|| refuse("name or path of an OCI runtime, e.g. \"runc\""))?
+                        .to_owned();
+                }
+                "disable" => {
+                    let allowed = || {
+                        let names = Feature::ALL.map(|f| format!("\"{f}\"")).join(", ");
+                        refuse(&format!("a list of any of {names}"))
+                    };
+                    for name in value.as_array().ok_or_else(allowed)? {
+                        let name = name.as_str().ok_or_else(allowed)?;
+                        config
+                            .disable
+                            .insert(choose(name, &Feature::ALL).map_err(|_| allowed())?);
+                    }
+                }
+                _ => {
+                    if !config.policy.set_toml(&origin, key, key, value)? {
+                        return Err(Error::UnknownKey {
+                            origin,
+                            key: key.clone(),
+                            known: KEYS.to_owned(),
+                        });
+                    }
+                }
+            }
+        }
+        Ok(config)
+    }
+}
+
+/// The CPUs that `text` names; on error what would be accepted. A CPU that is merely offline stays in the pool: it may
+/// come back, and who wants to claim it is told.
+fn pool(text: &str, topology: &Topology, sys: &Path) -> Result<CpuSet, String> {
+    if text == "isolated" {
+        return Ok(topology.isolated.clone());
+    }
+    let cpus: CpuSet = text
+        .parse()
+        .map_err(|_| "a CPU list such as \"2-3,8\", or \"isolated\"".to_owned())?;
+    let missing: CpuSet = cpus
+        .iter()
+        .filter(|c| !sys.join(format!("devices/system/cpu/cpu{c}")).exists())
+        .collect();
+    if missing.is_empty() {
+        Ok(cpus)
+    } else {
+        let plural = if missing.len() == 1 { "CPU" } else { "CPUs" };
+        let verb = if missing.len() == 1 { "does" } else { "do" };
+        Err(format!(
+            "CPUs of this machine, of which {} are online; {plural} {missing} {verb} not exist",
+            topology.online
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kbp_kernel::Micros;
+
+    use super::*;
+    use crate::policy::{BusyPoll, Profile, WorkerPolicy};
+
+    /// A machine with CPUs 0-3, 3 offline, 2-3 isolated.
+    fn machine() -> (tempfile::TempDir, Topology) {
+        let sys = tempfile::tempdir().expect("tempdir");
+        for cpu in 0..4 {
+            std::fs::create_dir_all(sys.path().join(format!("devices/system/cpu/cpu{cpu}")))
+                .expect("mkdir");
+        }
+        let set = |text: &str| text.parse().expect("cpus");
+        let topology = Topology {
+            online: set("0-2"),
+            isolated: set("2-3"),
+            nohz_full: set(""),
+        };
+        (sys, topology)
+    }
+
+    fn parse(text: &str) -> Result<Config> {
+        let (sys, topology) = machine();
+        Config::parse(
+            Path::new("/etc/kbp/config.toml"),
+            text,
+            || Ok(topology),
+            sys.path(),
+        )
+    }
+
+    #[test]
+    fn a_full_config_is_read() {
+        let config = parse(
+            "worker = \"shared\"\nbusy-poll = 50\nprofile = \"throughput\"\nrequired = true\n\
+             cpus = \"2-3\"\nstate-dir = \"/run/other\"\nruntime = \"crun\"\ndisable = [\"sqpoll\", \"seccomp-notify\"]\n",
+        )
+        .expect("valid");
+        assert_eq!(
+            config.policy,
+            Layer {
+                worker: Some(WorkerPolicy::Shared),
+                busy_poll: Some(BusyPoll::Window(Micros(50))),
+                profile: Some(Profile::Throughput),
+                required: Some(true),
+            }
+        );
+        assert_eq!(config.cpus.to_string(), "2-3");
+        assert_eq!(config.state_dir, Path::new("/run/other"));
+        assert_eq!(config.runtime, "crun");
+        assert_eq!(
+            config.switched_off(Feature::Sqpoll).expect("off"),
+            "switched off by disable = [\"sqpoll\"] in /etc/kbp/config.toml"
+        );
+        assert_eq!(config.switched_off(Feature::Napi), None);
+    }
+
+    #[test]
+    fn an_empty_and_a_missing_file_are_the_default() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        for config in [
+            parse("# nothing\n").expect("empty"),
+            Config::read(&dir.path().join("none.toml")).expect("missing"),
+        ] {
+            assert_eq!(config.policy, Layer::default());
+            assert!(config.cpus.is_empty());
+            assert_eq!(config.state_dir, Path::new("/run/kbp"));
+            assert_eq!(config.runtime, "runc");
+            assert!(config.disable.is_empty());
+        }
+    }
+
+    #[test]
+    fn isolated_cpus_make_a_pool() {
+        assert_eq!(
+            parse("cpus = \"isolated\"")
+                .expect("valid")
+                .cpus
+                .to_string(),
+            "2-3"
+        );
+    }
+
+    #[test]
+    fn bad_values_name_file_key_value_and_what_is_allowed() {
+        for (text, parts) in [
+            (
+                "worker = \"fast\"",
+                vec!["worker = \"fast\"", "auto, dedicated"],
+            ),
+            ("cpus = \"two\"", vec!["cpus = \"two\"", "a CPU list"]),
+            ("cpus = 2", vec!["cpus = \"2\"", "a CPU list"]),
+            (
+                "cpus = \"3-5\"",
+                vec!["cpus = \"3-5\"", "CPUs 4-5 do not exist", "0-2 are online"],
+            ),
+            ("state-dir = \"run\"", vec!["state-dir", "absolute path"]),
+            ("runtime = \"\"", vec!["runtime", "OCI runtime"]),
+            (
+                "disable = [\"io_uring\"]",
+                vec!["disable", "io_uring", "\"sqpoll\""],
+            ),
+            ("disable = \"sqpoll\"", vec!["disable", "a list of"]),
+            ("cores = \"2\"", vec!["cores is not a kbp setting", "cpus"]),
+            ("worker = ", vec!["line 1"]),
+        ] {
+            let error = parse(text).expect_err(text).to_string();
+            assert!(error.contains("/etc/kbp/config.toml"), "{error}");
+            for part in parts {
+                assert!(error.contains(part), "{text}: {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_an_error() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let error = Config::read(dir.path())
+            .expect_err("a directory")
+            .to_string();
+        assert!(error.contains(&dir.path().display().to_string()), "{error}");
+    }
 }

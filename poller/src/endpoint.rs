@@ -1,7 +1,7 @@
 //! Finds a pod's interface and its host end, from both sides.
 
-use kbp_kernel::netns::Netns;
 use kbp_kernel::IfIndex;
+use kbp_kernel::netns::Netns;
 
 use crate::Result;
 
@@ -35,4 +35,6 @@ pub enum Found {
 }
 
 /// Looks at the pod's namespace, as seen from `host`.
-pub fn find(_host: &Netns, _pod: &Netns) -> Result<Found> { todo!() }
+pub fn find(_host: &Netns, _pod: &Netns) -> Result<Found> {
+    todo!()
+}

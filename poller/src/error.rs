@@ -56,3 +56,12 @@ pub enum Error {
     #[error(transparent)]
     Kernel(#[from] kbp_kernel::Error),
 }
+
+impl Error {
+    pub(crate) fn io(what: impl Into<String>, source: std::io::Error) -> Self {
+        Self::Io {
+            what: what.into(),
+            source,
+        }
+    }
+}

@@ -1,11 +1,19 @@
 //! `<state_dir>/pods/<id>.json`: what is true now. Written by the owner of the worker (rename, mode 0600), gone with the pod.
 
-use std::path::Path;
+use std::ffi::OsStr;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 
+use kbp_kernel::CpuSet;
 use serde::{Deserialize, Serialize};
 
 use crate::policy::{Profile, WorkerPolicy};
-use crate::Result;
+use crate::{Error, Result};
+
+/// Bytes of the longest id that a file name can carry beside its suffixes.
+const MAX_ID: usize = 200;
 
 /// A part of kbp that can be missing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -23,7 +31,7 @@ pub enum Part {
 
 impl std::fmt::Display for Part {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
+        f.pad(match self {
             Self::PollableVeth => "pollable-veth",
             Self::Worker => "worker",
             Self::SocketBusyPoll => "socket-busy-poll",
@@ -61,6 +69,8 @@ pub struct InterfaceState {
 pub struct WorkerState {
     /// `sqpoll`.
     pub kind: String,
+    /// What the policy came to: `dedicated`, `shared` or `idle`.
+    pub policy: WorkerPolicy,
     /// Thread id of the kernel thread.
     pub tid: u32,
     /// Its CPU.
@@ -80,6 +90,8 @@ pub struct PodState {
     pub namespace: String,
     /// Process that owns the worker.
     pub owner_pid: u32,
+    /// When that process started, in clock ticks since boot: tells it from a later one with the same id.
+    pub owner_start: u64,
     /// Worker policy as asked.
     pub worker_policy: WorkerPolicy,
     /// Profile as asked.
@@ -100,11 +112,304 @@ pub struct PodState {
     pub degraded: Vec<Degraded>,
 }
 
+impl PodState {
+    fn owner_lives(&self) -> bool {
+        start_time(self.owner_pid) == Some(self.owner_start)
+    }
+}
+
+/// A state file that describes nothing any more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Stale {
+    /// The id in its name.
+    pub id: String,
+    /// Why it is stale.
+    pub reason: String,
+}
+
 /// Every pod's state below `state_dir`, by id. A file whose owner is gone is left out (and reported by [`stale`]).
-pub fn read_all(_state_dir: &Path) -> Result<Vec<PodState>> { todo!() }
-/// Ids of state files whose owner is gone.
-pub fn stale(_state_dir: &Path) -> Result<Vec<String>> { todo!() }
+pub fn read_all(state_dir: &Path) -> Result<Vec<PodState>> {
+    Ok(scan(state_dir)?.0)
+}
+
+/// State files whose owner is gone, or that cannot be read as what they should be.
+pub fn stale(state_dir: &Path) -> Result<Vec<Stale>> {
+    Ok(scan(state_dir)?.1)
+}
+
+/// CPUs that other pods than `id` hold: in a cpuset that is a real part of `online`, or by a dedicated worker.
+pub fn taken_cpus(state_dir: &Path, id: &str, online: &CpuSet) -> Result<CpuSet> {
+    let mut taken = Vec::new();
+    for pod in read_all(state_dir)?.into_iter().filter(|p| p.id != id) {
+        if let Some(cpuset) = pod
+            .cpuset
+            .as_deref()
+            .and_then(|c| c.parse::<CpuSet>().ok())
+            .filter(|c| !online.is_subset(c))
+        {
+            taken.extend(cpuset.iter());
+        }
+        if let Some(worker) = pod.worker.filter(|w| w.policy == WorkerPolicy::Dedicated) {
+            taken.push(kbp_kernel::CpuId(worker.cpu));
+        }
+    }
+    Ok(taken.into_iter().collect())
+}
+
 /// Writes or replaces one pod's file.
-pub fn write(_state_dir: &Path, _state: &PodState) -> Result<()> { todo!() }
+pub fn write(state_dir: &Path, state: &PodState) -> Result<()> {
+    let path = file_of(state_dir, &state.id)?;
+    let pods = pods_dir(state_dir);
+    create_dir(&pods)?;
+    // A leading dot keeps the half-written file out of `scan`; the owner's pid keeps two owners apart.
+    let temporary = pods.join(format!(".{}.{}.tmp", state.id, std::process::id()));
+    let written = write_file(&temporary, state).and_then(|()| fs::rename(&temporary, &path));
+    written.map_err(|source| {
+        // Best effort: the write is what failed, and it is reported.
+        let _ = fs::remove_file(&temporary);
+        Error::io(format!("write state file {}", path.display()), source)
+    })
+}
+
 /// Removes one pod's file; fine when it is not there.
-pub fn remove(_state_dir: &Path, _id: &str) -> Result<()> { todo!() }
+pub fn remove(state_dir: &Path, id: &str) -> Result<()> {
+    let path = file_of(state_dir, id)?;
+    match fs::remove_file(&path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io(
+            format!("remove state file {}", path.display()),
+            e,
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// When process `pid` started, in clock ticks since boot (field 22 of /proc/PID/stat); None when there is none.
+pub fn start_time(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field is the name in parentheses and may hold spaces and parentheses itself.
+    let (_, after_name) = stat.rsplit_once(')')?;
+    // A zombie has no memory, no files and no threads left: nobody owns anything through it.
+    let mut fields = after_name.split_ascii_whitespace();
+    if fields.next()? == "Z" {
+        return None;
+    }
+    // The state was field 3, so the next one is field 4.
+    fields.nth(22 - 4)?.parse().ok()
+}
+
+/// Makes `dir` with its parents, for root only. An existing one keeps its mode.
+pub(crate) fn create_dir(dir: &Path) -> Result<()> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .map_err(|e| Error::io(format!("make directory {}", dir.display()), e))
+}
+
+fn pods_dir(state_dir: &Path) -> PathBuf {
+    state_dir.join("pods")
+}
+
+/// The file of a pod. Ids come from outside, and one with a slash would name another place.
+fn file_of(state_dir: &Path, id: &str) -> Result<PathBuf> {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
+    if id.is_empty() || id.len() > MAX_ID || id.starts_with('.') || !id.bytes().all(plain) {
+        return Err(Error::InvalidValue {
+            origin: "attach".to_owned(),
+            key: "id".to_owned(),
+            value: id.to_owned(),
+            allowed: format!(
+                "1 to {MAX_ID} letters, digits, dots, dashes and underscores, not starting with a dot"
+            ),
+        });
+    }
+    Ok(pods_dir(state_dir).join(format!("{id}.json")))
+}
+
+fn write_file(path: &Path, state: &PodState) -> io::Result<()> {
+    let mut file: File = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)?;
+    let mut text = serde_json::to_vec_pretty(state)?;
+    text.push(b'\n');
+    file.write_all(&text)
+}
+
+fn scan(state_dir: &Path) -> Result<(Vec<PodState>, Vec<Stale>)> {
+    let (mut live, mut stale) = (Vec::new(), Vec::new());
+    let dir = pods_dir(state_dir);
+    let entries = match fs::read_dir(&dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok((live, stale)),
+        Err(e) => return Err(Error::io(format!("read directory {}", dir.display()), e)),
+    };
+    let mut paths = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(|e| Error::io(format!("read directory {}", dir.display()), e))?;
+        paths.push(entry.path());
+    }
+    paths.sort();
+    for path in paths {
+        let Some(id) = id_of(&path) else { continue };
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            // The pod went away between the listing and the reading.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+            Err(e) => return Err(Error::io(format!("read state file {}", path.display()), e)),
+        };
+        match serde_json::from_slice::<PodState>(&text) {
+            Ok(state) if state.owner_lives() => live.push(state),
+            Ok(state) => stale.push(Stale {
+                id,
+                reason: format!("its owner, process {}, is gone", state.owner_pid),
+            }),
+            Err(e) => stale.push(Stale {
+                id,
+                reason: format!("not a state file of this version: {e}"),
+            }),
+        }
+    }
+    Ok((live, stale))
+}
+
+fn id_of(path: &Path) -> Option<String> {
+    let id = path.file_stem()?.to_str()?;
+    (path.extension() == Some(OsStr::new("json")) && !id.starts_with('.')).then(|| id.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn pod(id: &str) -> PodState {
+        PodState {
+            id: id.to_owned(),
+            namespace: "test".to_owned(),
+            owner_pid: std::process::id(),
+            owner_start: start_time(std::process::id()).expect("this process has started"),
+            worker_policy: WorkerPolicy::Auto,
+            profile: Profile::Latency,
+            interfaces: Vec::new(),
+            worker: None,
+            worker_reason: "none".to_owned(),
+            busy_poll_us: Some(20),
+            busy_poll_reason: "auto".to_owned(),
+            cpuset: None,
+            degraded: vec![Degraded {
+                part: Part::Worker,
+                reason: "why".to_owned(),
+            }],
+        }
+    }
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).expect("metadata").permissions().mode() & 0o777
+    }
+
+    #[test]
+    fn a_state_file_is_private_and_comes_back_as_written() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let root = dir.path().join("run/kbp");
+        let mut state = pod("a.b-c_1");
+        write(&root, &state).expect("write");
+        state.busy_poll_us = None;
+        write(&root, &state).expect("replace");
+
+        assert_eq!(mode(&root), 0o700);
+        assert_eq!(mode(&root.join("pods")), 0o700);
+        assert_eq!(mode(&root.join("pods/a.b-c_1.json")), 0o600);
+        assert_eq!(
+            fs::read_dir(root.join("pods")).expect("list").count(),
+            1,
+            "no temporary file stays"
+        );
+        assert_eq!(read_all(&root).expect("read"), [state]);
+        assert_eq!(stale(&root).expect("stale"), []);
+
+        remove(&root, "a.b-c_1").expect("remove");
+        remove(&root, "a.b-c_1").expect("removing twice is fine");
+        assert_eq!(read_all(&root).expect("read"), []);
+    }
+
+    #[test]
+    fn files_of_dead_owners_and_foreign_files_are_stale() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let mut dead = pod("dead");
+        // Same pid, but it started at another time: the id was used again.
+        dead.owner_start += 1;
+        write(dir.path(), &dead).expect("write");
+        fs::write(dir.path().join("pods/broken.json"), "{").expect("write");
+        fs::write(dir.path().join("pods/notes.txt"), "mine").expect("write");
+
+        assert_eq!(read_all(dir.path()).expect("read"), []);
+        let stale = stale(dir.path()).expect("stale");
+        assert_eq!(
+            stale.iter().map(|s| s.id.as_str()).collect::<Vec<_>>(),
+            ["broken", "dead"]
+        );
+        assert!(stale[0].reason.contains("not a state file"), "{stale:?}");
+        assert!(
+            stale[1].reason.contains(&std::process::id().to_string()),
+            "{stale:?}"
+        );
+    }
+
+    #[test]
+    fn an_id_cannot_leave_the_directory() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        for id in ["", "../x", "a/b", ".hidden", "a\nb", &"x".repeat(201)] {
+            let error = write(dir.path(), &pod(id)).expect_err(id).to_string();
+            assert!(error.contains("letters, digits"), "{error}");
+            assert!(remove(dir.path(), id).is_err(), "{id}");
+        }
+        assert_eq!(fs::read_dir(dir.path()).expect("list").count(), 0);
+    }
+
+    #[test]
+    fn no_directory_means_no_pods() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        assert_eq!(read_all(&dir.path().join("none")).expect("read"), []);
+    }
+
+    #[test]
+    fn cpus_are_taken_by_real_cpusets_and_dedicated_workers_of_others() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let online: CpuSet = "0-7".parse().expect("online");
+        let worker = |policy, cpu| {
+            Some(WorkerState {
+                kind: "sqpoll".to_owned(),
+                policy,
+                tid: 1,
+                cpu,
+                idle_class: false,
+                lease_ms: 100,
+            })
+        };
+        for (id, cpuset, worker) in [
+            ("own", Some("2-3"), None),
+            ("all", Some("0-7"), None),
+            ("none", None, worker(WorkerPolicy::Dedicated, 5)),
+            ("idle", None, worker(WorkerPolicy::Idle, 6)),
+            ("me", Some("1"), worker(WorkerPolicy::Dedicated, 7)),
+        ] {
+            let mut state = pod(id);
+            state.cpuset = cpuset.map(str::to_owned);
+            state.worker = worker;
+            write(dir.path(), &state).expect("write");
+        }
+        let taken = taken_cpus(dir.path(), "me", &online).expect("taken");
+        assert_eq!(taken.to_string(), "2-3,5");
+    }
+
+    #[test]
+    fn the_start_time_tells_living_processes() {
+        assert!(start_time(std::process::id()).is_some());
+        // Above the kernel's limit for process ids.
+        assert_eq!(start_time(u32::MAX), None);
+    }
+}
