@@ -1,0 +1,1 @@
+//! The contract of the binary with containerd: `start`, `delete`, `-info`, and the server process.
