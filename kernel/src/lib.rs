@@ -15,6 +15,7 @@ pub mod link;
 pub mod napi;
 pub mod netlink;
 pub mod netns;
+pub mod netstat;
 pub mod nft;
 pub mod notify;
 pub mod probe;

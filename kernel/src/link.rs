@@ -75,12 +75,12 @@ pub struct Link {
     pub qdisc: Option<String>,
 }
 
-/// A route to add or one that was read. Table main, protocol static.
+/// A route to add or one that was read: unicast, protocol static when it is added.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Route {
     /// Destination; a prefix length of 0 is the default route.
     pub destination: IpNet,
-    /// Next hop; None: directly on the link.
+    /// Next hop; None: directly on the link. May be of the other family (`via inet6`).
     pub gateway: Option<IpAddr>,
     /// Preferred source address.
     pub source: Option<IpAddr>,
@@ -90,6 +90,32 @@ pub struct Route {
     pub mtu: Option<Mtu>,
     /// RTNH_F_ONLINK: the gateway is on the link although no address says so.
     pub onlink: bool,
+    /// `RTAX_ADVMSS`: TCP MSS to advertise, in bytes.
+    pub advmss: Option<u32>,
+    /// Metric; of routes to the same destination the lowest wins. None: the kernel's default (0 for IPv4, 1024 for IPv6).
+    pub priority: Option<u32>,
+    /// Routing table; None: main.
+    pub table: Option<u32>,
+    /// Scope (`RT_SCOPE_*`, IPv4 only); None: link without a gateway, else universe.
+    pub scope: Option<u8>,
+}
+
+impl Route {
+    /// A route to `destination` directly on `device`; the rest is set with struct update syntax.
+    pub fn new(destination: IpNet, device: IfIndex) -> Self {
+        Self {
+            destination,
+            gateway: None,
+            source: None,
+            device,
+            mtu: None,
+            onlink: false,
+            advmss: None,
+            priority: None,
+            table: None,
+            scope: None,
+        }
+    }
 }
 
 /// Requests that are sent to the kernel in one message and answered one by one.

@@ -1,13 +1,11 @@
 //! What this kernel can do, found out by trying it on throw-away objects. Each probe leaves nothing behind.
 
+mod link;
+
+pub use link::{netdev_family, threaded_busy_poll, veth_napi};
+
 use crate::Result;
 
-/// A veth end in a throw-away namespace gets a NAPI instance once GRO is on.
-pub fn veth_napi() -> Result<()> { todo!() }
-/// The netdev family answers `napi-get`.
-pub fn netdev_family() -> Result<()> { todo!() }
-/// `napi-set threaded=busy-poll` works on a throw-away veth.
-pub fn threaded_busy_poll() -> Result<()> { todo!() }
 /// An SQPOLL ring with static NAPI tracking can be made.
 pub fn sqpoll_napi() -> Result<()> { todo!() }
 /// SO_BUSY_POLL can be set on a socket.
