@@ -11,6 +11,7 @@
 pub mod cpu;
 pub mod error;
 pub mod ethtool;
+pub mod fd;
 pub mod link;
 pub mod napi;
 pub mod netlink;
@@ -22,6 +23,8 @@ pub mod probe;
 pub mod process;
 pub mod ring;
 pub mod sockopt;
+mod sys;
+pub mod syscalls;
 pub mod types;
 
 pub use error::{Error, Result};
