@@ -1,1 +1,38 @@
-//! x
+//! Harness of the end-to-end tests: a node of its own for every test.
+//!
+//! A [`Sandbox`] is a private directory plus a private network and mount namespace: to the software inside it looks like a machine
+//! whose `/run` is empty. A [`Containerd`] runs there with its own root, state and socket, in the version that the test asks for;
+//! [`Network`] calls CNI plugins there as libcni would; [`Rootfs`] builds images from the machine's own binaries. The machine's own
+//! interfaces, containerd and `/run` are never touched. When the owner of a sandbox goes away, in whatever way, all of it goes.
+//!
+//! ```no_run
+//! use kbp_tests::{Containerd, Generation, Rootfs, Run, Runtime, Sandbox};
+//!
+//! # fn main() -> kbp_tests::Result<()> {
+//! let sandbox = Sandbox::new()?;
+//! let rootfs = Rootfs::busybox(&sandbox.dir().join("rootfs"))?;
+//! let containerd = Containerd::start(&sandbox, Generation::Machine)?;
+//! let output = containerd.run(&Run::new("hello", &rootfs, ["echo", "hello"]).runtime(Runtime::Kbp))?;
+//! assert_eq!(output.stdout, "hello\n");
+//! # Ok(())
+//! # }
+//! ```
+
+pub mod binaries;
+pub mod command;
+pub mod containerd;
+pub mod error;
+pub mod leftovers;
+pub mod network;
+pub mod rootfs;
+pub mod run;
+pub mod sandbox;
+
+pub use command::{Output, wait_until};
+pub use containerd::{Containerd, Generation, Settings};
+pub use error::{Error, Result};
+pub use leftovers::Leftovers;
+pub use network::{Attached, Network, PodNetns};
+pub use rootfs::Rootfs;
+pub use run::{Run, Runtime};
+pub use sandbox::Sandbox;
