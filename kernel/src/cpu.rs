@@ -1,8 +1,11 @@
-//! CPU topology: which CPUs exist, are online, isolated, siblings.
+//! CPU topology: which CPUs exist, are online, isolated, siblings; and what they spent their time on.
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use crate::{CpuId, CpuSet, Result};
+use crate::sys::read_text;
+use crate::{CpuId, CpuSet, Error, Result, process};
 
 /// What the machine says about its CPUs, read once from a sysfs root (`/sys`, or a tree made by a test).
 #[derive(Debug, Clone)]
@@ -13,15 +16,191 @@ pub struct Topology {
     pub isolated: CpuSet,
     /// CPUs without a periodic tick (`nohz_full=`).
     pub nohz_full: CpuSet,
+    places: BTreeMap<CpuId, Place>,
+}
+
+/// Where an online CPU sits.
+#[derive(Debug, Clone)]
+struct Place {
+    siblings: CpuSet,
+    node: u32,
 }
 
 impl Topology {
     /// Reads the machine's topology below `/sys`.
-    pub fn read() -> Result<Self> { Self::read_from(Path::new("/sys")) }
+    pub fn read() -> Result<Self> {
+        Self::read_from(Path::new("/sys"))
+    }
+
     /// Reads a topology below another root.
-    pub fn read_from(_sys: &Path) -> Result<Self> { todo!() }
-    /// SMT siblings of `cpu`, itself included.
-    pub fn siblings(&self, _cpu: CpuId) -> Result<CpuSet> { todo!() }
-    /// NUMA node of `cpu`; 0 where there is none.
-    pub fn numa_node(&self, _cpu: CpuId) -> Result<u32> { todo!() }
+    pub fn read_from(sys: &Path) -> Result<Self> {
+        let system = sys.join("devices/system");
+        let cpus = system.join("cpu");
+        let online = read_set(cpus.join("online"))?.ok_or_else(|| Error::NotFound {
+            what: format!("list of online CPUs {}", cpus.join("online").display()),
+        })?;
+        let nodes = read_nodes(&system.join("node"))?;
+        let mut places = BTreeMap::new();
+        for cpu in online.iter() {
+            let siblings = read_set(cpus.join(format!("cpu{cpu}/topology/thread_siblings_list")))?;
+            // A CPU that the kernel tells nothing of is alone.
+            let siblings = siblings.unwrap_or_else(|| [cpu].into_iter().collect());
+            let node = nodes
+                .iter()
+                .find(|(_, cpus)| cpus.contains(cpu))
+                .map_or(0, |(id, _)| *id);
+            places.insert(cpu, Place { siblings, node });
+        }
+        Ok(Self {
+            isolated: read_set(cpus.join("isolated"))?.unwrap_or_default(),
+            nohz_full: read_set(cpus.join("nohz_full"))?.unwrap_or_default(),
+            online,
+            places,
+        })
+    }
+
+    /// SMT siblings of `cpu`, itself included; `Invalid` when it is not online.
+    pub fn siblings(&self, cpu: CpuId) -> Result<CpuSet> {
+        Ok(self.place(cpu)?.siblings.clone())
+    }
+
+    /// NUMA node of `cpu`; 0 where there is none. `Invalid` when the CPU is not online.
+    pub fn numa_node(&self, cpu: CpuId) -> Result<u32> {
+        Ok(self.place(cpu)?.node)
+    }
+
+    fn place(&self, cpu: CpuId) -> Result<&Place> {
+        self.places.get(&cpu).ok_or_else(|| Error::Invalid {
+            name: "CPU",
+            value: cpu.to_string(),
+            expected: format!("one that is online: {}", self.online),
+        })
+    }
+}
+
+/// A CPU list from a file; None where there is no such file, since not every kernel has every list.
+fn read_set(path: PathBuf) -> Result<Option<CpuSet>> {
+    match read_text(&path) {
+        // `nohz_full` says this when the kernel could have such CPUs but was not told any.
+        Ok(text) if text.trim() == "(null)" => Ok(Some(CpuSet::default())),
+        Ok(text) => text
+            .parse::<CpuSet>()
+            .map(Some)
+            .map_err(|error| Error::Protocol {
+                what: format!("read {}", path.display()),
+                detail: error.to_string(),
+            }),
+        Err(Error::File { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// NUMA nodes and their CPUs; none on a kernel without NUMA.
+fn read_nodes(root: &Path) -> Result<Vec<(u32, CpuSet)>> {
+    let file_error = |source| Error::File {
+        path: root.to_owned(),
+        source,
+    };
+    let entries = match std::fs::read_dir(root) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(source) => return Err(file_error(source)),
+    };
+    let mut nodes = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(file_error)?;
+        let name = entry.file_name();
+        let number = name
+            .to_str()
+            .and_then(|name| name.strip_prefix("node")?.parse().ok());
+        if let Some(id) = number {
+            nodes.push((
+                id,
+                read_set(entry.path().join("cpulist"))?.unwrap_or_default(),
+            ));
+        }
+    }
+    Ok(nodes)
+}
+
+/// CPUs that the calling thread may run on now: its cpuset and its affinity.
+pub fn allowed() -> Result<CpuSet> {
+    process::affinity(0)
+}
+
+/// CPUs to which the calling process could pin a thread: its cpuset, whatever its present affinity.
+pub fn usable() -> Result<CpuSet> {
+    // The kernel tells the cpuset nowhere in one line, but cuts every affinity down to it: try on a thread of our own.
+    let tried = std::thread::Builder::new()
+        .name("cpus".to_owned())
+        .spawn(|| {
+            let online = Topology::read()?.online;
+            process::set_affinity(0, &online)?;
+            process::affinity(0)
+        });
+    let thread = tried.map_err(|source| Error::Syscall {
+        what: "start a thread to learn the usable CPUs".to_owned(),
+        source,
+    })?;
+    thread
+        .join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// Time that a CPU spent, by what it did, since boot (/proc/stat, in steps of 1/100 s).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CpuTimes {
+    /// In programs, nice ones included.
+    pub user: Duration,
+    /// In the kernel.
+    pub system: Duration,
+    /// In hardware interrupts.
+    pub irq: Duration,
+    /// In softirqs.
+    pub softirq: Duration,
+    /// Idle, waiting for disks included.
+    pub idle: Duration,
+}
+
+/// Times of every online CPU. The kernel counts SCHED_IDLE threads as user or system, like others.
+pub fn times() -> Result<BTreeMap<CpuId, CpuTimes>> {
+    const STAT: &str = "/proc/stat";
+    let protocol = |line: &str| Error::Protocol {
+        what: format!("read {STAT}"),
+        detail: format!("{line:?}"),
+    };
+    // USER_HZ, which every architecture of today fixes at 100.
+    let time = |ticks: u64| Duration::from_millis(ticks * 10);
+    let text = read_text(STAT)?;
+    let mut all = BTreeMap::new();
+    for line in text.lines() {
+        let Some((name, rest)) = line.split_once(' ') else {
+            continue;
+        };
+        // The line `cpu` alone is the sum.
+        let Some(number) = name.strip_prefix("cpu").filter(|number| !number.is_empty()) else {
+            continue;
+        };
+        let cpu = CpuId(number.parse().map_err(|_| protocol(line))?);
+        let ticks: Vec<u64> = rest
+            .split_whitespace()
+            .map(|field| field.parse().map_err(|_| protocol(line)))
+            .collect::<Result<_>>()?;
+        let [user, nice, system, idle, iowait, irq, softirq, ..] = ticks[..] else {
+            return Err(protocol(line));
+        };
+        all.insert(
+            cpu,
+            CpuTimes {
+                user: time(user + nice),
+                system: time(system),
+                irq: time(irq),
+                softirq: time(softirq),
+                idle: time(idle + iowait),
+            },
+        );
+    }
+    Ok(all)
 }
