@@ -10,19 +10,19 @@ use async_trait::async_trait;
 use containerd_shim_protos::api;
 use containerd_shim_protos::protobuf::well_known_types::empty::Empty;
 use containerd_shim_protos::shim_async::Task;
-use ttrpc::r#async::TtrpcContext;
+use containerd_shim_protos::ttrpc::{self, r#async::TtrpcContext};
 
 /// What the shim knows about its pod before the first request.
 #[derive(Debug, Clone)]
-pub(crate) struct Context {
+pub struct Context {
     /// containerd namespace.
-    pub(crate) namespace: String,
+    pub namespace: String,
     /// Id that the shim was started with: the sandbox's, or the container's where there is no sandbox.
-    pub(crate) pod_id: String,
+    pub pod_id: String,
 }
 
 /// Wraps `next` so that its containers get what their pod's policy asks for.
-pub(crate) fn decorate(
+pub fn decorate(
     next: Arc<dyn Task + Send + Sync>,
     context: Context,
 ) -> Arc<dyn Task + Send + Sync> {
@@ -34,7 +34,7 @@ pub(crate) fn decorate(
 
 /// Removes what a pod of this id may have left behind when its shim was killed: state file, notifier socket.
 /// Never fails; what cannot be removed is logged.
-pub(crate) fn cleanup(_namespace: &str, _id: &str, _bundle: &Path) {}
+pub fn cleanup(_namespace: &str, _id: &str, _bundle: &Path) {}
 
 struct Decorator {
     next: Arc<dyn Task + Send + Sync>,
