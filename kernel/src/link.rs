@@ -1,16 +1,25 @@
 //! The route family: veth pairs, addresses, routes, neighbours, qdiscs, counters, namespace ids, link events.
 
+mod batch;
+mod events;
+mod read;
+mod socket;
+
+use std::fmt;
 use std::net::IpAddr;
-use std::os::fd::{AsFd, BorrowedFd};
 
 use ipnet::IpNet;
 
+pub use batch::Batch;
+pub use events::{LinkEvent, LinkEvents};
+pub use socket::RouteSocket;
+
 use crate::netns::Netns;
-use crate::{IfIndex, MacAddr, Mtu, Result};
+use crate::{IfIndex, MacAddr, Mtu};
 
 /// A veth pair to be born with each end in its final namespace, in one RTM_NEWLINK.
 /// The host end is created in the namespace of the socket. Both ends have one queue pair. The host end is born up;
-/// the pod end cannot be (the kernel answers ENOTCONN): see [`PodSetup::up`].
+/// the pod end cannot be (the kernel answers ENOTCONN): it is set up from a socket in its own namespace.
 #[derive(Debug, Clone)]
 pub struct VethPair<'a> {
     /// Name of the host end, at most 15 bytes.
@@ -118,93 +127,36 @@ impl Route {
     }
 }
 
-/// Requests that are sent to the kernel in one message and answered one by one.
-/// The kernel carries out every request of a batch, also those after a failed one; the caller undoes.
-#[derive(Debug, Default)]
-pub struct Batch {}
-
-impl Batch {
-    /// An empty batch.
-    pub fn new() -> Self { Self::default() }
-    /// Creates a veth pair.
-    pub fn create_veth(&mut self, _pair: &VethPair<'_>) -> &mut Self { todo!() }
-    /// Sets IFF_UP.
-    pub fn set_up(&mut self, _link: IfIndex) -> &mut Self { todo!() }
-    /// Clears IFF_UP.
-    pub fn set_down(&mut self, _link: IfIndex) -> &mut Self { todo!() }
-    /// Deletes a link (of a veth, both ends).
-    pub fn delete_link(&mut self, _link: IfIndex) -> &mut Self { todo!() }
-    /// Sets the MTU.
-    pub fn set_mtu(&mut self, _link: IfIndex, _mtu: Mtu) -> &mut Self { todo!() }
-    /// Sets the alias; an empty one removes it.
-    pub fn set_alias(&mut self, _link: IfIndex, _alias: &str) -> &mut Self { todo!() }
-    /// Adds an address without duplicate address detection (IFA_F_NODAD on v6). `no_prefix_route`: IFA_F_NOPREFIXROUTE.
-    pub fn add_address(&mut self, _link: IfIndex, _address: IpNet, _no_prefix_route: bool) -> &mut Self { todo!() }
-    /// Adds a route (NLM_F_CREATE|NLM_F_EXCL).
-    pub fn add_route(&mut self, _route: &Route) -> &mut Self { todo!() }
-    /// Adds or replaces a route.
-    pub fn replace_route(&mut self, _route: &Route) -> &mut Self { todo!() }
-    /// Deletes a route.
-    pub fn delete_route(&mut self, _route: &Route) -> &mut Self { todo!() }
-    /// Adds a permanent neighbour (NUD_PERMANENT), replacing an old entry.
-    pub fn add_neighbour(&mut self, _link: IfIndex, _address: IpAddr, _mac: MacAddr) -> &mut Self { todo!() }
-    /// Replaces the root qdisc by a `pfifo` of `limit` packets.
-    pub fn set_pfifo(&mut self, _link: IfIndex, _limit: u32) -> &mut Self { todo!() }
-    /// Number of requests.
-    pub fn len(&self) -> usize { todo!() }
-    /// Whether there is no request.
-    pub fn is_empty(&self) -> bool { todo!() }
-}
-
-/// A NETLINK_ROUTE socket that belongs to one network namespace for good.
-#[derive(Debug)]
-pub struct RouteSocket {}
-
-impl RouteSocket {
-    /// Opens one in the calling thread's namespace.
-    pub fn open() -> Result<Self> { todo!() }
-    /// Opens one in `netns`.
-    pub fn open_in(_netns: &Netns) -> Result<Self> { todo!() }
-    /// Sends the batch and reads every acknowledgement. The first failure is returned; the others are logged at debug level.
-    pub fn execute(&mut self, _batch: &Batch) -> Result<()> { todo!() }
-    /// The link of that name, None when there is none.
-    pub fn link_by_name(&mut self, _name: &str) -> Result<Option<Link>> { todo!() }
-    /// The link of that index, None when there is none.
-    pub fn link_by_index(&mut self, _index: IfIndex) -> Result<Option<Link>> { todo!() }
-    /// Every link.
-    pub fn links(&mut self) -> Result<Vec<Link>> { todo!() }
-    /// Addresses of a link with their prefixes.
-    pub fn addresses(&mut self, _link: IfIndex) -> Result<Vec<IpNet>> { todo!() }
-    /// Routes of the main table, both families.
-    pub fn routes(&mut self) -> Result<Vec<Route>> { todo!() }
-    /// Permanent neighbours of a link.
-    pub fn permanent_neighbours(&mut self, _link: IfIndex) -> Result<Vec<(IpAddr, MacAddr)>> { todo!() }
-    /// The id that this socket's namespace has given to `netns` (RTM_GETNSID), None when it has given none.
-    pub fn nsid_of(&mut self, _netns: &Netns) -> Result<Option<i32>> { todo!() }
-}
-
-/// Something happened to a link.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum LinkEvent {
-    /// It appeared or changed.
-    Changed(IfIndex),
-    /// It is gone.
-    Removed(IfIndex),
-    /// The kernel dropped events (ENOBUFS): read everything anew.
-    Lost,
-}
-
-/// A socket that receives the link events (RTNLGRP_LINK) of one namespace; non-blocking, its fd can be polled.
-#[derive(Debug)]
-pub struct LinkEvents {}
-
-impl LinkEvents {
-    /// Subscribes in `netns`.
-    pub fn subscribe(_netns: &Netns) -> Result<Self> { todo!() }
-    /// Every event that is there now; empty when there is none.
-    pub fn read(&mut self) -> Result<Vec<LinkEvent>> { todo!() }
-}
-
-impl AsFd for LinkEvents {
-    fn as_fd(&self) -> BorrowedFd<'_> { todo!() }
+impl fmt::Display for Route {
+    /// As ip-route(8) writes it, with the index for the device.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.destination.prefix_len() == 0 {
+            let family = if self.destination.addr().is_ipv4() {
+                ""
+            } else {
+                " (IPv6)"
+            };
+            write!(f, "default{family}")?;
+        } else {
+            write!(f, "{}", self.destination)?;
+        }
+        if let Some(gateway) = self.gateway {
+            write!(f, " via {gateway}")?;
+        }
+        write!(f, " on link {}", self.device)?;
+        if let Some(source) = self.source {
+            write!(f, " src {source}")?;
+        }
+        if let Some(mtu) = self.mtu {
+            write!(f, " mtu {mtu}")?;
+        }
+        if let Some(table) = self.table {
+            write!(f, " table {table}")?;
+        }
+        if self.onlink {
+            write!(f, " onlink")
+        } else {
+            Ok(())
+        }
+    }
 }

@@ -1,0 +1,8 @@
+//! Links, NAPI instances, features and masquerading on the running kernel: each test in
+//! network namespaces of its own. Needs root.
+
+mod addresses;
+mod events;
+mod pair;
+mod routes;
+mod veth;
