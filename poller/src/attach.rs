@@ -1,13 +1,24 @@
 //! Attach and detach of a pod.
 
-use kbp_kernel::CpuSet;
-use kbp_kernel::netns::Netns;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use crate::Result;
-use crate::config::Config;
+use kbp_kernel::cpu::Topology;
+use kbp_kernel::netns::Netns;
+use kbp_kernel::{CpuSet, NapiId};
+
+use crate::claim::{self, Site};
+use crate::config::{Config, Feature};
+use crate::endpoint::{self, Endpoint, Found};
+use crate::keeper::{Job, Keeper, Watch, follow};
 use crate::policy::Policy;
-use crate::state::{Degraded, PodState};
+use crate::record::{Findings, Record};
+use crate::state::{self, Degraded, Part, PodState};
+use crate::tune::{Offloads, Tuner};
 use crate::window::Window;
+use crate::worker::{self, Choice, Worker};
+use crate::{Error, Result};
 
 /// What to attach.
 #[derive(Debug)]
@@ -32,7 +43,22 @@ pub struct AttachRequest {
 
 /// An attached pod. Dropping it detaches: worker, claim and state file go, the veth's features stay (they vanish with it).
 #[derive(Debug)]
-pub struct Attachment {}
+pub struct Attachment {
+    /// None where there is no veth to keep.
+    keeper: Option<Keeper>,
+    record: Arc<Record>,
+    state_dir: PathBuf,
+    id: String,
+    before: Option<Before>,
+    ended: bool,
+}
+
+/// What the veths were like, and how to reach them.
+#[derive(Debug)]
+struct Before {
+    tuner: Tuner,
+    veths: Vec<(Endpoint, Offloads)>,
+}
 
 /// What became of an attach.
 #[derive(Debug)]
@@ -46,22 +72,270 @@ pub enum Outcome {
 }
 
 /// Finds the pod's veths, makes them pollable, starts the worker, writes the state file. Undoes its own work on error.
-/// Fails only for `required` policies and for a state directory that cannot be written; everything else degrades.
-pub fn attach(_request: AttachRequest) -> Result<Outcome> {
-    todo!()
+/// Call it on a thread that is in the host's network namespace.
+///
+/// # Errors
+/// Only for `required` policies ([`Error::Required`]), an id that cannot name a file, and a state directory or
+/// namespace that cannot be read or written; everything else degrades.
+pub fn attach(request: AttachRequest) -> Result<Outcome> {
+    let host = Netns::current()?;
+    let (veths, not_pollable) = match endpoint::find(&host, &request.netns)? {
+        Found::HostNetwork => return Ok(Outcome::HostNetwork),
+        Found::Empty => return Ok(Outcome::NoInterface),
+        Found::Endpoints {
+            veths,
+            not_pollable,
+        } => (veths, not_pollable),
+    };
+    let state_dir = request.config.state_dir.clone();
+    state::create_dir(&state_dir)?;
+    clear_leftovers(&state_dir)?;
+    let tuner = Tuner {
+        host,
+        pod: request.netns.try_clone()?,
+        profile: request.policy.profile,
+    };
+    let mut parts = Parts::default();
+    parts.find_and_tune(&request, &tuner, veths, not_pollable)?;
+    // Placement looks at what the others hold and then writes what this one takes: one after the other, or two pods
+    // that start together would both choose the same CPU.
+    let lock = state::lock(&state_dir);
+    parts.choose_worker(&request)?;
+    let Parts {
+        veths,
+        before,
+        findings,
+        watch,
+        choice,
+        polled,
+        mut lasting,
+    } = parts;
+    lasting.extend(request.degraded.iter().cloned());
+    if request.policy.required
+        && let Some(missing) = findings.degraded.iter().chain(&lasting).next()
+    {
+        return Err(Error::Required {
+            part: missing.part,
+            reason: missing.reason.clone(),
+        });
+    }
+    let state = describe(&request, &findings, &choice, lasting)?;
+    let record = Arc::new(Record::new(state_dir.clone(), state, findings.degraded));
+    record.write()?;
+    drop(lock);
+    let mut attachment = Attachment {
+        keeper: None,
+        record: Arc::clone(&record),
+        state_dir,
+        id: request.id,
+        before: None,
+        ended: false,
+    };
+    if let Some(watch) = watch {
+        let job = Job {
+            tuner: Tuner {
+                host: tuner.host.try_clone()?,
+                pod: tuner.pod.try_clone()?,
+                profile: tuner.profile,
+            },
+            endpoints: veths,
+            worker: choice.worker,
+            polled,
+            record,
+        };
+        attachment.keeper = Some(Keeper::start(job, watch)?);
+        attachment.before = Some(Before {
+            tuner,
+            veths: before,
+        });
+    }
+    Ok(Outcome::Attached(attachment))
+}
+
+/// Removes what killed owners left in the state directory: their state files and claim files.
+///
+/// # Errors
+/// When the directory cannot be read or changed.
+pub fn clear_leftovers(state_dir: &Path) -> Result<()> {
+    let _lock = state::lock(state_dir);
+    for stale in state::stale(state_dir)?
+        .into_iter()
+        .filter(|s| s.owner_gone)
+    {
+        tracing::info!(
+            id = stale.id,
+            reason = stale.reason,
+            "removing a state file"
+        );
+        state::remove(state_dir, &stale.id)?;
+    }
+    claim::sweep(state_dir)
+}
+
+/// What an attach has put together so far; dropping it takes the worker and the claim back.
+#[derive(Default)]
+struct Parts {
+    veths: Vec<Endpoint>,
+    before: Vec<(Endpoint, Offloads)>,
+    findings: Findings,
+    watch: Option<Watch>,
+    choice: Choice,
+    polled: BTreeSet<NapiId>,
+    lasting: Vec<Degraded>,
+}
+
+impl Parts {
+    fn find_and_tune(
+        &mut self,
+        request: &AttachRequest,
+        tuner: &Tuner,
+        veths: Vec<Endpoint>,
+        not_pollable: Vec<String>,
+    ) -> Result<()> {
+        if let Some(off) = request.config.switched_off(Feature::Napi) {
+            self.findings.add_not_pollable(vec![off]);
+            return Ok(());
+        }
+        if veths.is_empty() {
+            self.findings.add_not_pollable(not_pollable);
+            return Ok(());
+        }
+        // Before the first look, so that no change after it goes unseen.
+        self.watch = Some(Watch::subscribe(tuner)?);
+        for veth in &veths {
+            // Nothing to put back where nothing can be read: tuning meets the same error and tells it.
+            if let Ok(offloads) = tuner.offloads(veth) {
+                self.before.push((veth.clone(), offloads));
+            }
+        }
+        self.findings = Findings::gather(tuner, &veths, not_pollable);
+        self.veths = veths;
+        Ok(())
+    }
+
+    fn choose_worker(&mut self, request: &AttachRequest) -> Result<()> {
+        self.choice = if self.veths.is_empty() {
+            Choice::none("no interface that can be polled")
+        } else if request.policy.worker == crate::policy::WorkerPolicy::None {
+            Choice::none("none asked for")
+        } else if let Some(off) = request.config.switched_off(Feature::Sqpoll) {
+            Choice::failed(off)
+        } else if let Some(unknown) = self.findings.ids_unknown.clone() {
+            Choice::failed(unknown)
+        } else {
+            let pods = state::read_all(&request.config.state_dir)?;
+            let topology = Topology::read()?;
+            worker::choose(
+                request.policy.worker,
+                &Site {
+                    state_dir: &request.config.state_dir,
+                    pool: &request.config.cpus,
+                    config: &request.config.path,
+                    topology: &topology,
+                    cpuset: request.cpuset.as_ref(),
+                    pods: &pods,
+                },
+            )
+        };
+        self.lasting
+            .extend(self.choice.degraded.iter().map(|reason| Degraded {
+                part: Part::Worker,
+                reason: reason.clone(),
+            }));
+        let wanted = self.findings.host_napis();
+        if let Some(worker) = &mut self.choice.worker
+            && let Err(error) = follow(worker, &mut self.polled, &wanted)
+        {
+            // As at every later look at the links, which may find it mended.
+            self.findings.degraded.push(Degraded {
+                part: Part::Worker,
+                reason: error.to_string(),
+            });
+        }
+        Ok(())
+    }
+}
+
+fn describe(
+    request: &AttachRequest,
+    findings: &Findings,
+    choice: &Choice,
+    degraded: Vec<Degraded>,
+) -> Result<PodState> {
+    let owner_pid = std::process::id();
+    let owner_start = state::start_time(owner_pid).ok_or_else(|| {
+        Error::io(
+            format!("read /proc/{owner_pid}/stat"),
+            std::io::ErrorKind::NotFound.into(),
+        )
+    })?;
+    Ok(PodState {
+        id: request.id.clone(),
+        namespace: request.namespace.clone(),
+        owner_pid,
+        owner_start,
+        worker_policy: request.policy.worker,
+        profile: request.policy.profile,
+        interfaces: findings.interfaces.clone(),
+        worker: choice.worker.as_ref().map(|w: &Worker| w.state.clone()),
+        worker_reason: choice.reason.clone(),
+        busy_poll_us: request.window.micros.map(|m| m.0),
+        busy_poll_reason: request.window.reason.clone(),
+        cpuset: request.cpuset.as_ref().map(ToString::to_string),
+        degraded,
+    })
 }
 
 impl Attachment {
     /// What is true now.
     pub fn state(&self) -> PodState {
-        todo!()
+        self.record.state()
     }
+
     /// Adds a degraded part that was found out later (a seccomp listener that could not be installed) and rewrites the state file.
-    pub fn degrade(&self, _degraded: Degraded) {
-        todo!()
+    pub fn degrade(&self, degraded: Degraded) {
+        self.record.degrade(degraded);
     }
+
     /// Detaches; the same as dropping it, but tells errors.
-    pub fn detach(self) -> Result<()> {
-        todo!()
+    ///
+    /// # Errors
+    /// When the state file could not be removed. The worker and the claim are gone all the same.
+    pub fn detach(mut self) -> Result<()> {
+        self.end()
+    }
+
+    /// Detaches and sets the offloads of the veths back to what they were: for a pod that lives on. A qdisc that was
+    /// added stays; it does no harm.
+    ///
+    /// # Errors
+    /// The first of what could not be undone; the rest is undone all the same.
+    pub fn detach_and_restore(mut self) -> Result<()> {
+        let before = self.before.take();
+        let mut outcome = self.end();
+        if let Some(Before { tuner, veths }) = before {
+            for (veth, offloads) in veths {
+                let restored = tuner.restore(&veth, offloads).map_err(Error::from);
+                outcome = outcome.and(restored);
+            }
+        }
+        outcome
+    }
+
+    fn end(&mut self) -> Result<()> {
+        // The worker and its claim live on the keeper's thread, and dropping it waits for that.
+        self.keeper = None;
+        self.ended = true;
+        state::remove(&self.state_dir, &self.id)
+    }
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        if !self.ended
+            && let Err(error) = self.end()
+        {
+            tracing::warn!(%error, "a state file stays behind");
+        }
     }
 }

@@ -36,6 +36,30 @@ pub enum Error {
         /// Why, with line and column where the parser knows.
         reason: String,
     },
+    /// A worker wants a CPU of the pool, and the node has none.
+    #[error(
+        "no CPU pool for a {kind} worker: set cpus in {config} (cpus = \"2-3\", or \"isolated\" where the kernel isolates CPUs), or ask for kbp.io/worker: idle"
+    )]
+    NoPool {
+        /// `dedicated` or `shared`.
+        kind: &'static str,
+        /// The config file.
+        config: String,
+    },
+    /// Every CPU of the pool is held or offline.
+    #[error(
+        "no free CPU for a {kind} worker in the pool {pool} (cpus in {config}): {holders}; enlarge the pool, or ask for kbp.io/worker: idle"
+    )]
+    NoFreeCpu {
+        /// `dedicated` or `shared`.
+        kind: &'static str,
+        /// The pool.
+        pool: String,
+        /// The config file that sets it.
+        config: String,
+        /// What holds each of its CPUs.
+        holders: String,
+    },
     /// A part that the pod requires does not work here.
     #[error("kbp.io/required is true, but {part} is not active: {reason}")]
     Required {

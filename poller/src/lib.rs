@@ -1,15 +1,20 @@
 //! Decides who polls a pod's veth, where, how hard and when not, and does it.
 //!
 //! [`policy`] says what a pod asked for, [`config`] what the node allows, [`endpoint`] finds the pod's veth from both sides,
-//! [`claim`] hands out CPUs, [`worker`] polls, [`attach`] puts these together and [`state`] tells the world.
+//! [`tune`] sets it up, [`claim`] hands out CPUs, [`worker`] polls, [`keeper`] keeps its lease at the [`pace`] of the traffic,
+//! [`attach`] puts these together, and [`state`] tells the world what the [`record`] holds.
 
 pub mod attach;
 pub mod claim;
 pub mod config;
 pub mod endpoint;
 pub mod error;
+mod keeper;
+mod pace;
 pub mod policy;
+mod record;
 pub mod state;
+mod tune;
 pub mod window;
 pub mod worker;
 

@@ -5,12 +5,18 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use kbp_kernel::CpuSet;
+use kbp_kernel::{CpuId, CpuSet};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use crate::policy::{Profile, WorkerPolicy};
 use crate::{Error, Result};
+
+/// How long to wait for another process that places its worker. It takes a few milliseconds.
+const LOCK_WAIT: Duration = Duration::from_secs(1);
 
 /// Bytes of the longest id that a file name can carry beside its suffixes.
 const MAX_ID: usize = 200;
@@ -125,6 +131,8 @@ pub struct Stale {
     pub id: String,
     /// Why it is stale.
     pub reason: String,
+    /// Whether its owner is gone, so that it may be removed; else it is not a state file of this version.
+    pub owner_gone: bool,
 }
 
 /// Every pod's state below `state_dir`, by id. A file whose owner is gone is left out (and reported by [`stale`]).
@@ -139,21 +147,26 @@ pub fn stale(state_dir: &Path) -> Result<Vec<Stale>> {
 
 /// CPUs that other pods than `id` hold: in a cpuset that is a real part of `online`, or by a dedicated worker.
 pub fn taken_cpus(state_dir: &Path, id: &str, online: &CpuSet) -> Result<CpuSet> {
+    let mut pods = read_all(state_dir)?;
+    pods.retain(|pod| pod.id != id);
+    Ok(taken_by(&pods, online))
+}
+
+/// CPUs that `pods` hold.
+pub(crate) fn taken_by(pods: &[PodState], online: &CpuSet) -> CpuSet {
     let mut taken = Vec::new();
-    for pod in read_all(state_dir)?.into_iter().filter(|p| p.id != id) {
-        if let Some(cpuset) = pod
-            .cpuset
-            .as_deref()
-            .and_then(|c| c.parse::<CpuSet>().ok())
-            .filter(|c| !online.is_subset(c))
-        {
+    for pod in pods {
+        let cpuset = pod.cpuset.as_deref().and_then(|c| c.parse::<CpuSet>().ok());
+        if let Some(cpuset) = cpuset.filter(|c| !online.is_subset(c)) {
             taken.extend(cpuset.iter());
         }
-        if let Some(worker) = pod.worker.filter(|w| w.policy == WorkerPolicy::Dedicated) {
-            taken.push(kbp_kernel::CpuId(worker.cpu));
+        if let Some(worker) = &pod.worker
+            && worker.policy == WorkerPolicy::Dedicated
+        {
+            taken.push(CpuId(worker.cpu));
         }
     }
-    Ok(taken.into_iter().collect())
+    taken.into_iter().collect()
 }
 
 /// Writes or replaces one pod's file.
@@ -195,6 +208,35 @@ pub fn start_time(pid: u32) -> Option<u64> {
     }
     // The state was field 3, so the next one is field 4.
     fields.nth(22 - 4)?.parse().ok()
+}
+
+/// Serialises those who look at every pod's state and then write their own; held until it is dropped or the process dies.
+/// None when it could not be had within [`LOCK_WAIT`] (a stopped process holds it, say): better an uneven placement
+/// than a pod that does not start.
+pub(crate) fn lock(state_dir: &Path) -> Option<Flock<File>> {
+    let pods = pods_dir(state_dir);
+    let until = Instant::now() + LOCK_WAIT;
+    loop {
+        // The directory itself is the lock: nothing to create, nothing left over.
+        let dir = create_dir(&pods).and_then(|()| {
+            File::open(&pods)
+                .map_err(|e| Error::io(format!("open directory {}", pods.display()), e))
+        });
+        match dir.map(|dir| Flock::lock(dir, FlockArg::LockExclusiveNonblock)) {
+            Ok(Ok(lock)) => return Some(lock),
+            Ok(Err((_, Errno::EWOULDBLOCK))) if Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            Ok(Err((_, error))) => {
+                tracing::warn!(%error, "could not lock {}", pods.display());
+                return None;
+            }
+            Err(error) => {
+                tracing::warn!(%error, "could not lock the state directory");
+                return None;
+            }
+        }
+    }
 }
 
 /// Makes `dir` with its parents, for root only. An existing one keeps its mode.
@@ -265,10 +307,12 @@ fn scan(state_dir: &Path) -> Result<(Vec<PodState>, Vec<Stale>)> {
             Ok(state) => stale.push(Stale {
                 id,
                 reason: format!("its owner, process {}, is gone", state.owner_pid),
+                owner_gone: true,
             }),
             Err(e) => stale.push(Stale {
                 id,
                 reason: format!("not a state file of this version: {e}"),
+                owner_gone: false,
             }),
         }
     }

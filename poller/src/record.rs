@@ -1,0 +1,162 @@
+//! What is known of an attached pod, shared between its owner and its keeper thread, and its copy in the state file.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use kbp_kernel::NapiId;
+
+use crate::Result;
+use crate::endpoint::Endpoint;
+use crate::state::{self, Degraded, InterfaceState, Part, PodState};
+use crate::tune::{Tuned, Tuner};
+
+/// What tuning a pod's veths came to.
+#[derive(Debug, Default)]
+pub(crate) struct Findings {
+    pub(crate) interfaces: Vec<InterfaceState>,
+    pub(crate) degraded: Vec<Degraded>,
+    /// Why NAPI ids are not known, where the kernel cannot tell them.
+    pub(crate) ids_unknown: Option<String>,
+    host_napis: BTreeSet<NapiId>,
+}
+
+impl Findings {
+    /// Tunes every veth and gathers what came of it.
+    pub(crate) fn gather(tuner: &Tuner, veths: &[Endpoint], not_pollable: Vec<String>) -> Self {
+        let mut findings = Self::default();
+        for veth in veths {
+            findings.add(veth, tuner.tune(veth));
+        }
+        findings.add_not_pollable(not_pollable);
+        findings
+    }
+
+    /// Notes the pod's other interfaces.
+    pub(crate) fn add_not_pollable(&mut self, reasons: Vec<String>) {
+        self.degraded
+            .extend(reasons.into_iter().map(|reason| Degraded {
+                part: Part::PollableVeth,
+                reason,
+            }));
+    }
+
+    /// NAPIs that a worker is to poll.
+    pub(crate) fn host_napis(&self) -> BTreeSet<NapiId> {
+        self.host_napis.clone()
+    }
+
+    fn add(&mut self, veth: &Endpoint, tuned: Tuned) {
+        self.interfaces.push(InterfaceState {
+            pod_interface: veth.pod_name.clone(),
+            host_interface: veth.host_name.clone(),
+            host_ifindex: veth.host_index.0,
+            host_napi: tuned.host_napis.first().map(|n| n.0),
+            pod_napi: tuned.pod_napis.first().map(|n| n.0),
+        });
+        self.host_napis.extend(tuned.host_napis);
+        if let Some(reason) = tuned.problem {
+            self.degraded.push(Degraded {
+                part: Part::PollableVeth,
+                reason,
+            });
+        }
+        self.ids_unknown = self.ids_unknown.take().or(tuned.ids_unknown);
+    }
+}
+
+/// The shared record.
+#[derive(Debug)]
+pub(crate) struct Record {
+    state_dir: PathBuf,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    /// Without its `degraded`.
+    state: PodState,
+    /// Found at the attach, or told by the owner: stays.
+    lasting: Vec<Degraded>,
+    /// Found by looking at the links: replaced at each look.
+    links: Vec<Degraded>,
+}
+
+impl Inner {
+    fn whole(&self) -> PodState {
+        let mut state = self.state.clone();
+        state.degraded = self.links.iter().chain(&self.lasting).cloned().collect();
+        state
+    }
+}
+
+impl Record {
+    /// A record of `state`, whose own `degraded` lasts; `links` is what the first look at the links found missing.
+    pub(crate) fn new(state_dir: PathBuf, mut state: PodState, links: Vec<Degraded>) -> Self {
+        let lasting = std::mem::take(&mut state.degraded);
+        Self {
+            state_dir,
+            inner: Mutex::new(Inner {
+                state,
+                lasting,
+                links,
+            }),
+        }
+    }
+
+    /// What is true now.
+    pub(crate) fn state(&self) -> PodState {
+        self.lock().whole()
+    }
+
+    /// Writes the state file.
+    pub(crate) fn write(&self) -> Result<()> {
+        let inner = self.lock();
+        // Written under the lock, or an older state could overtake a newer one.
+        state::write(&self.state_dir, &inner.whole())
+    }
+
+    /// Adds a lasting degraded part.
+    pub(crate) fn degrade(&self, degraded: Degraded) {
+        self.change(|inner| {
+            if !inner.lasting.contains(&degraded) {
+                inner.lasting.push(degraded);
+            }
+        });
+    }
+
+    /// Takes a new look at the links.
+    pub(crate) fn found(&self, interfaces: Vec<InterfaceState>, degraded: Vec<Degraded>) {
+        self.change(|inner| {
+            inner.state.interfaces = interfaces;
+            inner.links = degraded;
+        });
+    }
+
+    /// The pod's interfaces are gone, and its worker with them.
+    pub(crate) fn gone(&self) {
+        self.change(|inner| {
+            inner.state.interfaces.clear();
+            inner.links.clear();
+            inner.state.worker = None;
+            "the pod's interfaces are gone".clone_into(&mut inner.state.worker_reason);
+        });
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Inner)) {
+        let mut inner = self.lock();
+        let before = inner.whole();
+        change(&mut inner);
+        let after = inner.whole();
+        if after != before
+            && let Err(error) = state::write(&self.state_dir, &after)
+        {
+            tracing::warn!(%error, "the state file no longer tells what is true");
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // A panic while it was held leaves a whole record behind: every change is a plain assignment.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

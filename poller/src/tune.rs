@@ -1,0 +1,134 @@
+//! Makes a veth pollable: GRO on and TSO off at both ends, a qdisc at both ends, NAPI ids.
+
+use kbp_kernel::ethtool::{self, Features};
+use kbp_kernel::link::{Batch, RouteSocket};
+use kbp_kernel::napi::NetdevSocket;
+use kbp_kernel::netns::Netns;
+use kbp_kernel::{Error, IfIndex, NapiId, Result};
+
+use crate::endpoint::Endpoint;
+use crate::policy::Profile;
+
+/// Packets that the qdisc of a veth end holds while the receiving ring (256 packets) is full; the default queue length
+/// of the kernel's Ethernet devices. Without a qdisc a full ring drops.
+pub(crate) const QDISC_LIMIT: u32 = 1000;
+
+/// Both ends of a veth as they are now.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Tuned {
+    /// NAPI instances of the host end.
+    pub(crate) host_napis: Vec<NapiId>,
+    /// NAPI instances of the pod end.
+    pub(crate) pod_napis: Vec<NapiId>,
+    /// Why packets do not pass the NAPIs, where they do not.
+    pub(crate) problem: Option<String>,
+    /// Why the ids are not known although the NAPIs may be there: the kernel has no way to tell.
+    pub(crate) ids_unknown: Option<String>,
+}
+
+/// Offloads of both ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Offloads {
+    host: Features,
+    pod: Features,
+}
+
+/// Sets up the veths between two namespaces.
+#[derive(Debug)]
+pub(crate) struct Tuner {
+    pub(crate) host: Netns,
+    pub(crate) pod: Netns,
+    pub(crate) profile: Profile,
+}
+
+impl Tuner {
+    /// Does what is still to be done and tells what came of it. Nothing changes when all is as it should be.
+    pub(crate) fn tune(&self, endpoint: &Endpoint) -> Tuned {
+        let mut tuned = Tuned::default();
+        match self.both_ends(endpoint, &mut tuned) {
+            Ok(()) => {}
+            Err(problem) => tuned.problem = Some(problem),
+        }
+        tuned
+    }
+
+    /// The offloads of both ends.
+    pub(crate) fn offloads(&self, endpoint: &Endpoint) -> Result<Offloads> {
+        Ok(Offloads {
+            host: ethtool::features(&self.host, &endpoint.host_name)?,
+            pod: ethtool::features(&self.pod, &endpoint.pod_name)?,
+        })
+    }
+
+    /// Sets the offloads of both ends back to what they were.
+    pub(crate) fn restore(&self, endpoint: &Endpoint, before: Offloads) -> Result<()> {
+        ethtool::set_features(&self.host, &endpoint.host_name, before.host)?;
+        ethtool::set_features(&self.pod, &endpoint.pod_name, before.pod)
+    }
+
+    fn both_ends(&self, endpoint: &Endpoint, tuned: &mut Tuned) -> Result<(), String> {
+        let ends = [
+            (&self.host, &endpoint.host_name, endpoint.host_index),
+            (&self.pod, &endpoint.pod_name, endpoint.pod_index),
+        ];
+        // Both ends first: packets pass a NAPI only when the *other* end does not segment them later.
+        for (netns, name, index) in ends {
+            self.one_end(netns, name, index)
+                .map_err(|e| format!("{}: {e}", endpoint.pod_name))?;
+        }
+        let mut found = Vec::new();
+        for (netns, name, index) in ends {
+            let napis = match NetdevSocket::open_in(netns).and_then(|mut s| s.napis(index)) {
+                Ok(napis) => napis,
+                Err(e @ Error::Unsupported { .. }) => {
+                    tuned.ids_unknown = Some(e.to_string());
+                    return Ok(());
+                }
+                Err(e) => return Err(format!("{}: {e}", endpoint.pod_name)),
+            };
+            if napis.is_empty() {
+                return Err(format!(
+                    "{}: {name} is up and has GRO on, but no NAPI instance: this kernel's veth driver makes none (5.13 and later do)",
+                    endpoint.pod_name
+                ));
+            }
+            found.push(napis.into_iter().map(|n| n.id).collect());
+        }
+        if let [host, pod] = &mut found[..] {
+            tuned.host_napis = std::mem::take(host);
+            tuned.pod_napis = std::mem::take(pod);
+        }
+        Ok(())
+    }
+
+    fn one_end(&self, netns: &Netns, name: &str, index: IfIndex) -> Result<(), String> {
+        let text = |e: Error| e.to_string();
+        let mut route = RouteSocket::open_in(netns).map_err(text)?;
+        let link = route
+            .link_by_index(index)
+            .map_err(text)?
+            .ok_or_else(|| format!("{name} is gone"))?;
+        if !link.up {
+            return Err(format!("{name} is down; it is polled once it is up"));
+        }
+        let now = ethtool::features(netns, name).map_err(text)?;
+        let wanted = Features {
+            gro: true,
+            tso: match self.profile {
+                Profile::Latency => false,
+                Profile::Throughput => now.tso,
+            },
+        };
+        if now != wanted {
+            ethtool::set_features(netns, name, wanted).map_err(text)?;
+        }
+        if link.qdisc.as_deref() == Some("noqueue") {
+            let mut batch = Batch::new();
+            batch.set_pfifo(index, QDISC_LIMIT);
+            route.execute(&batch).map_err(|e| {
+                format!("{name} has no qdisc, so bursts of more than 256 packets are lost: {e}")
+            })?;
+        }
+        Ok(())
+    }
+}
