@@ -1,0 +1,76 @@
+# kbp: build, try, test, install. `make help` lists the targets.
+
+CARGO ?= cargo
+PREFIX ?= /usr/local
+DESTDIR ?=
+BIN_DIR ?= $(PREFIX)/bin
+# Where containerd looks for CNI plugins: upstream's default. Debian's package looks in /usr/lib/cni.
+CNI_BIN_DIR ?= /opt/cni/bin
+SHARE_DIR ?= $(PREFIX)/share/kbp
+
+RELEASE := target/release
+BINARIES := containerd-shim-kbp-v1 kbpctl kbp-poller
+CNI_PLUGINS := kbp
+CONFIG = $(shell find config -type f | sort)
+
+.PHONY: help build deps demo bench test lint install uninstall clean needs-root
+.DEFAULT_GOAL := build
+
+help:
+	@echo 'make build      the four binaries in $(RELEASE)'
+	@echo 'make deps       install the Debian packages that build, tests and demo use (root)'
+	@echo 'make demo       stock runtime against kbp on this machine, about four minutes (root)'
+	@echo 'make bench      the same, longer (root)'
+	@echo 'make test       every test, unit to end to end (root)'
+	@echo 'make lint       formatting, clippy, crates, shell scripts'
+	@echo 'make install    into PREFIX=$(PREFIX), CNI_BIN_DIR=$(CNI_BIN_DIR), below DESTDIR'
+	@echo 'make uninstall  removes exactly what install put there'
+
+build:
+	$(CARGO) build --release --locked --workspace
+
+needs-root:
+	@[ "$$(id -u)" -eq 0 ] || { echo 'this makes network namespaces and starts a private containerd: run it as root' >&2; exit 1; }
+
+deps:
+	scripts/install-deps
+
+# A build without protoc fails, so what is missing is installed first.
+demo: needs-root deps build
+	$(RELEASE)/kbp-demo $(DEMO_ARGS)
+
+bench: needs-root deps build
+	$(RELEASE)/kbp-demo --rounds 11 --seconds 5 $(DEMO_ARGS)
+
+# The end-to-end tests run the release binaries, which are what is installed; the tests themselves are built with unwinding and checks.
+test: needs-root deps build
+	KBP_BIN_DIR=$(CURDIR)/$(RELEASE) $(CARGO) test --locked --workspace --no-fail-fast
+
+lint:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	scripts/check-crates
+	shellcheck $$(git ls-files --cached --others --exclude-standard | xargs grep --files-with-matches --extended-regexp '^#!/bin/(ba)?sh')
+
+# A running shim or a plugin in mid-call keeps its old file: each file is put beside its place and renamed into it.
+define install-file
+	install -D --mode=$(1) '$(2)' '$(DESTDIR)$(3).new'
+	mv --force '$(DESTDIR)$(3).new' '$(DESTDIR)$(3)'
+
+endef
+
+install:
+	@for binary in $(BINARIES) $(CNI_PLUGINS); do \
+	    [ -x "$(RELEASE)/$$binary" ] || { echo "$(RELEASE)/$$binary is missing: run 'make build' first" >&2; exit 1; }; \
+	done
+	$(foreach f,$(BINARIES),$(call install-file,755,$(RELEASE)/$(f),$(BIN_DIR)/$(f)))
+	$(foreach f,$(CNI_PLUGINS),$(call install-file,755,$(RELEASE)/$(f),$(CNI_BIN_DIR)/$(f)))
+	$(foreach f,$(CONFIG),$(call install-file,644,$(f),$(SHARE_DIR)/$(f)))
+
+uninstall:
+	rm --force $(foreach f,$(BINARIES),'$(DESTDIR)$(BIN_DIR)/$(f)') $(foreach f,$(CNI_PLUGINS),'$(DESTDIR)$(CNI_BIN_DIR)/$(f)')
+	rm --force $(foreach f,$(CONFIG),'$(DESTDIR)$(SHARE_DIR)/$(f)')
+	@[ ! -d '$(DESTDIR)$(SHARE_DIR)' ] || find '$(DESTDIR)$(SHARE_DIR)' -depth -type d -empty -delete
+
+clean:
+	$(CARGO) clean

@@ -1,0 +1,93 @@
+//! A plain UDP request/response client: one blocking socket, one request under way, every round trip in an HDR histogram.
+//!
+//! `udp-rr ADDRESS SECONDS [BYTES]` prints one JSON object: counts, and the latency in µs at a list of quantiles.
+
+use std::net::UdpSocket;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use hdrhistogram::Histogram;
+
+/// A datagram that has not come back after this long is counted as lost.
+const LOST_AFTER: Duration = Duration::from_millis(500);
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let (address, seconds, bytes) = match arguments.as_slice() {
+        [address, seconds] => (address, seconds, "64"),
+        [address, seconds, bytes] => (address, seconds, bytes.as_str()),
+        _ => bail!("usage: udp-rr ADDRESS SECONDS [BYTES]"),
+    };
+    let seconds: f64 = seconds
+        .parse()
+        .with_context(|| format!("seconds: {seconds}"))?;
+    let bytes: usize = bytes.parse().with_context(|| format!("bytes: {bytes}"))?;
+    ensure!(
+        (8..=65507).contains(&bytes),
+        "bytes: {bytes} is not between 8 (a sequence number) and 65507"
+    );
+
+    let socket = UdpSocket::bind("0.0.0.0:0").context("bind")?;
+    socket
+        .connect(address)
+        .with_context(|| format!("connect {address}"))?;
+    socket.set_read_timeout(Some(LOST_AFTER))?;
+
+    let mut latency = Histogram::<u64>::new(3).context("histogram")?;
+    let mut request = vec![0u8; bytes];
+    let mut answer = vec![0u8; bytes];
+    let mut lost = 0u64;
+    let begin = Instant::now();
+    let end = begin + Duration::from_secs_f64(seconds);
+    let mut sequence = 0u64;
+    while Instant::now() < end {
+        request[..8].copy_from_slice(&sequence.to_le_bytes());
+        let sent = Instant::now();
+        socket
+            .send(&request)
+            .with_context(|| format!("send to {address}"))?;
+        match receive(&socket, &mut answer, sequence)? {
+            true => latency.record(u64::try_from(sent.elapsed().as_nanos())?)?,
+            false => lost += 1,
+        }
+        sequence += 1;
+    }
+    let elapsed = begin.elapsed().as_secs_f64();
+    ensure!(!latency.is_empty(), "no answer from {address}: {lost} datagrams lost");
+
+    let microseconds = |nanoseconds: u64| nanoseconds as f64 / 1000.0;
+    // Every halving of the tail, so that the whole curve can be drawn, and the figures that are usually asked for.
+    let halvings = (1..=16).map(|k| 1.0 - 0.5f64.powi(k));
+    let curve: Vec<(f64, f64)> = halvings
+        .map(|q| (q, microseconds(latency.value_at_quantile(q))))
+        .collect();
+    println!(
+        "{}",
+        serde_json::json!({
+            "samples": latency.len(),
+            "lost": lost,
+            "seconds": elapsed,
+            "p50_us": microseconds(latency.value_at_quantile(0.5)),
+            "p99_us": microseconds(latency.value_at_quantile(0.99)),
+            "p99_9_us": microseconds(latency.value_at_quantile(0.999)),
+            "max_us": microseconds(latency.max()),
+            "curve": curve,
+        })
+    );
+    Ok(())
+}
+
+/// Waits for the answer to `sequence`; false when it is lost. A late answer to an earlier request is passed over.
+fn receive(socket: &UdpSocket, answer: &mut [u8], sequence: u64) -> Result<bool> {
+    loop {
+        match socket.recv(answer) {
+            Ok(length) if length >= 8 && answer[..8] == sequence.to_le_bytes() => return Ok(true),
+            Ok(_) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(false),
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            // Nobody listens on that port yet.
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => return Ok(false),
+            Err(error) => return Err(error).context("recv"),
+        }
+    }
+}

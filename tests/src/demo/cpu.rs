@@ -1,0 +1,86 @@
+//! What the machine's CPUs are and how busy they are.
+
+use anyhow::{Context, Result};
+use kbp_kernel::cpu::Topology;
+use kbp_kernel::CpuId;
+
+/// `/proc/stat` counts in these; the kernel fixes it at 100 for every architecture that runs containers.
+const TICKS_PER_SECOND: f64 = 100.0;
+
+/// Busy seconds of all CPUs together since boot: everything but idle, waiting for I/O and what a hypervisor took.
+pub(crate) fn busy_seconds() -> Result<f64> {
+    let stat = std::fs::read_to_string("/proc/stat").context("read /proc/stat")?;
+    busy_ticks(&stat).map(|ticks| ticks as f64 / TICKS_PER_SECOND)
+}
+
+fn busy_ticks(stat: &str) -> Result<u64> {
+    let line = stat.lines().find_map(|l| l.strip_prefix("cpu "));
+    let line = line.context("/proc/stat has no line for all CPUs")?;
+    let fields: Result<Vec<u64>, _> = line.split_whitespace().map(str::parse).collect();
+    let fields = fields.with_context(|| format!("/proc/stat: {line}"))?;
+    // user nice system idle iowait irq softirq steal guest guest_nice; the guest's are in user and nice already.
+    let [user, nice, system, _, _, irq, softirq, ..] = fields[..] else {
+        anyhow::bail!("/proc/stat has too few columns: {line}");
+    };
+    Ok(user + nice + system + irq + softirq)
+}
+
+/// Where the server and the client run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Placement {
+    /// The client's CPU.
+    pub(crate) client: CpuId,
+    /// The server's CPU.
+    pub(crate) server: CpuId,
+    /// How the two are related, for the report where it is not as it should be.
+    pub(crate) relation: Relation,
+}
+
+/// How two CPUs are related.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Relation {
+    /// Different cores.
+    Cores,
+    /// Two hardware threads of one core.
+    Threads,
+    /// There is only one.
+    Same,
+}
+
+/// The first CPU for the client, the first on another core for the server; threads of one core or one CPU where there is no other.
+pub(crate) fn place(topology: &Topology) -> Result<Placement> {
+    let cpus: Vec<CpuId> = topology.online.iter().collect();
+    let client = *cpus.first().context("no CPU is online")?;
+    let siblings = topology.siblings(client)?;
+    let (server, relation) = match cpus.iter().find(|c| !siblings.contains(**c)) {
+        Some(other) => (*other, Relation::Cores),
+        None => match cpus.get(1) {
+            Some(thread) => (*thread, Relation::Threads),
+            None => (client, Relation::Same),
+        },
+    };
+    Ok(Placement { client, server, relation })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn busy_is_everything_but_idle_iowait_and_steal() {
+        let stat = "cpu  1 2 4 1000 1000 8 16 1000 1 2\ncpu0 9 9 9 9 9 9 9 9 9 9\n";
+        assert_eq!(busy_ticks(stat).expect("a whole line"), 31);
+        assert!(busy_ticks("cpu  1 2 3\n").is_err());
+        assert!(busy_ticks("intr 1\n").is_err());
+    }
+
+    #[test]
+    fn busy_time_grows_with_work() {
+        let before = busy_seconds().expect("/proc/stat");
+        let begin = std::time::Instant::now();
+        while begin.elapsed() < std::time::Duration::from_millis(200) {
+            std::hint::spin_loop();
+        }
+        assert!(busy_seconds().expect("/proc/stat") - before >= 0.1);
+    }
+}
