@@ -47,6 +47,13 @@ pub(crate) fn redis_benchmark(text: &str) -> Result<Latency> {
     })
 }
 
+/// Requests per second of redis-benchmark's report.
+pub(crate) fn redis_benchmark_rate(text: &str) -> Result<f64> {
+    let number = text.lines().find_map(|line| line.trim().strip_prefix("throughput summary:")?.split_whitespace().next());
+    let rate = number.and_then(|n| n.parse::<f64>().ok()).filter(|rate| rate.is_finite() && *rate > 0.0);
+    rate.with_context(|| format!("redis-benchmark printed no throughput: {}", excerpt(text)))
+}
+
 /// (milliseconds, cumulative count) of `99.902% <= 0.375 milliseconds (cumulative count 19981)`.
 fn distribution_line(line: &str) -> Option<(f64, u64)> {
     let (_, rest) = line.split_once("% <= ")?;
@@ -112,6 +119,7 @@ mod tests {
     fn redis_benchmark_gives_the_tightest_upper_bound_for_p99_9() {
         let latency = redis_benchmark(REPORT).expect("a whole report");
         assert_eq!((latency.p50, latency.p99, latency.max, latency.samples), (7.0, 87.0, 3831.0, 20000));
+        assert_eq!(redis_benchmark_rate(REPORT).expect("a whole report"), 70671.38);
         // 19,980 of 20,000 are exactly 99.9 %: the second list knows it tighter than the first.
         assert_eq!(latency.p99_9, 303.0);
         assert_eq!(latency.curve[0], (0.5, 7.0));
@@ -123,6 +131,7 @@ mod tests {
     fn redis_benchmark_without_a_report_is_an_error() {
         for text in ["", "Could not connect to Redis at 10.0.0.2:6379: Connection refused", &REPORT[..400]] {
             assert!(redis_benchmark(text).is_err(), "{text}");
+            assert!(redis_benchmark_rate(text).is_err(), "{text}");
         }
     }
 

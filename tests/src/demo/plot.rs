@@ -5,6 +5,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 use plotters::coord::Shift;
+use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint};
+use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 use plotters::style::{FontStyle, register_font};
 
@@ -55,7 +57,7 @@ where
 {
     area.fill(&WHITE)?;
     let area = area.margin(14, 14, 18, 18);
-    let area = area.titled(title, (FAMILY, 24, &INK))?;
+    let area = area.titled(title, (FAMILY, 24).into_font().color(&INK))?;
     let latencies = latency_range(panels);
     for (panel, area) in panels.iter().zip(area.split_evenly((1, panels.len()))) {
         draw_panel(&area, panel, latencies.clone())?;
@@ -70,16 +72,16 @@ where
 {
     let points = || panel.curves.iter().flat_map(|c| &c.points);
     let far = points().map(|p| nines(p.quantile)).fold(1.0, f64::max);
-    let tail = nines(0.5)..far.ceil().max(3.0);
-    let ticks: Vec<f64> = std::iter::once(nines(0.5)).chain((1..=6).map(f64::from)).filter(|x| *x <= tail.end).collect();
-    let latencies = latencies.log_scale().with_key_points(decade_ticks());
+    let tail = TailAxis::up_to(far.ceil().max(3.0));
+    let ticks = decade_ticks().into_iter().filter(|y| latencies.contains(y)).collect();
+    let latencies = latencies.log_scale().with_key_points(ticks);
     let mut chart = ChartBuilder::on(area)
         .caption(&panel.title, (FAMILY, 19, &INK))
         .margin(6)
         .margin_right(26)
         .x_label_area_size(52)
         .y_label_area_size(78)
-        .build_cartesian_2d(tail.with_key_points(ticks), latencies)?;
+        .build_cartesian_2d(tail, latencies)?;
     chart
         .configure_mesh()
         .bold_line_style(GRID)
@@ -113,6 +115,36 @@ where
         .label_font((FAMILY, 16, &INK))
         .draw()?;
     Ok(())
+}
+
+/// The axis of the quantiles, in [`nines`]: from the median to so many nines, with a tick at each.
+struct TailAxis {
+    inner: RangedCoordf64,
+    end: f64,
+}
+
+impl TailAxis {
+    fn up_to(end: f64) -> Self {
+        Self { inner: (nines(0.5)..end).into(), end }
+    }
+}
+
+impl Ranged for TailAxis {
+    type FormatOption = DefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, value: &f64, limit: (i32, i32)) -> i32 {
+        self.inner.map(value, limit)
+    }
+
+    fn key_points<Hint: KeyPointHint>(&self, _hint: Hint) -> Vec<f64> {
+        let whole = (1..=9).map(f64::from).take_while(|n| *n <= self.end);
+        std::iter::once(nines(0.5)).chain(whole).collect()
+    }
+
+    fn range(&self) -> Range<f64> {
+        self.inner.range()
+    }
 }
 
 /// 0.9 is one nine, 0.999 three: an axis on which the tail has as much room as the middle.
