@@ -53,7 +53,10 @@ fn main() -> Result<()> {
         sequence += 1;
     }
     let elapsed = begin.elapsed().as_secs_f64();
-    ensure!(!latency.is_empty(), "no answer from {address}: {lost} datagrams lost");
+    ensure!(
+        !latency.is_empty(),
+        "no answer from {address}: {lost} datagrams lost"
+    );
 
     let microseconds = |nanoseconds: u64| nanoseconds as f64 / 1000.0;
     // Every halving of the tail, so that the whole curve can be drawn, and the figures that are usually asked for.
@@ -86,7 +89,9 @@ fn receive(socket: &UdpSocket, answer: &mut [u8], sequence: u64) -> Result<bool>
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(false),
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
             // Nobody listens on that port yet.
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => return Ok(false),
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+                return Ok(false);
+            }
             Err(error) => return Err(error).context("recv"),
         }
     }

@@ -1,8 +1,8 @@
 //! What the machine's CPUs are and how busy they are.
 
 use anyhow::{Context, Result};
-use kbp_kernel::cpu::Topology;
 use kbp_kernel::CpuId;
+use kbp_kernel::cpu::Topology;
 
 /// `/proc/stat` counts in these; the kernel fixes it at 100 for every architecture that runs containers.
 const TICKS_PER_SECOND: f64 = 100.0;
@@ -59,7 +59,11 @@ pub(crate) fn place(topology: &Topology) -> Result<Placement> {
             None => (client, Relation::Same),
         },
     };
-    Ok(Placement { client, server, relation })
+    Ok(Placement {
+        client,
+        server,
+        relation,
+    })
 }
 
 #[cfg(test)]

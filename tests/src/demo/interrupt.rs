@@ -20,7 +20,8 @@ impl Interrupt {
     /// Takes SIGINT, SIGTERM and SIGHUP over for the whole process: the first removes the sandbox with everything in it, which also
     /// ends whatever the main thread waits for.
     pub(crate) fn guard(sandbox: &Arc<Sandbox>) -> Result<Arc<Self>> {
-        let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("take over SIGINT, SIGTERM and SIGHUP")?;
+        let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])
+            .context("take over SIGINT, SIGTERM and SIGHUP")?;
         let interrupt = Arc::new(Self::default());
         let (flag, sandbox) = (Arc::clone(&interrupt), Arc::clone(sandbox));
         // Its own thread, because it must answer while the clean-up runs.
@@ -53,7 +54,10 @@ impl Interrupt {
         }
         let mut cleaned = self.cleaned.lock().unwrap_or_else(PoisonError::into_inner);
         while !*cleaned {
-            cleaned = self.changed.wait(cleaned).unwrap_or_else(PoisonError::into_inner);
+            cleaned = self
+                .changed
+                .wait(cleaned)
+                .unwrap_or_else(PoisonError::into_inner);
         }
         true
     }

@@ -41,7 +41,7 @@ const INTERRUPTED: u8 = 130;
 
 /// Compares containers under the stock runtime with the same containers under kbp.
 #[derive(Debug, Parser)]
-#[command(version, about)]
+#[command(version)]
 struct Options {
     /// Rounds; each measures every pair once under each arm.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
@@ -97,12 +97,13 @@ fn main() -> ExitCode {
 
 fn run(options: &Options, sandbox: &Sandbox) -> Result<ExitCode> {
     let begin = Instant::now();
-    std::fs::create_dir_all(&options.out).with_context(|| format!("create {}", options.out.display()))?;
+    std::fs::create_dir_all(&options.out)
+        .with_context(|| format!("create {}", options.out.display()))?;
     let place = cpu::place(&Topology::read()?)?;
     println!("{}", describe_placement(place));
     eprintln!("starting a private containerd and building the image");
     let node = Node::start(sandbox)?;
-    let environment = format!("{}, {}, {}", kernel()?, cpu_model(), node.version()?);
+    let environment = format!("{}, {}, {}", kernel()?, cpu_model(), node.versions()?);
     let results = measure(options, &node, place)?;
     drop(node);
 
@@ -110,10 +111,17 @@ fn run(options: &Options, sandbox: &Sandbox) -> Result<ExitCode> {
     let throughput = rows(&results.throughput, ThroughputRow::of);
     report::write_json(&options.out.join("result.json"), &latency)?;
     report::write_json(&options.out.join("throughput.json"), &throughput)?;
-    let title = format!("Round trip between two containers of one node, median of {} rounds", options.rounds);
+    let title = format!(
+        "Round trip between two containers of one node, median of {} rounds",
+        options.rounds
+    );
     plot::write(&options.out, &title, &panels(&results))?;
 
-    println!("\n{}\n{}", report::latency_table(&latency), report::throughput_table(&throughput));
+    println!(
+        "\n{}\n{}",
+        report::latency_table(&latency),
+        report::throughput_table(&throughput)
+    );
     println!("{}", explain(options, &environment, place));
     if let Some(status) = &results.status {
         println!("\nkbpctl status, while the containers ran:\n{status}");
@@ -122,7 +130,9 @@ fn run(options: &Options, sandbox: &Sandbox) -> Result<ExitCode> {
     if results.inactive.is_empty() {
         return Ok(ExitCode::SUCCESS);
     }
-    println!("\nNot all of kbp was active, so the arm kbp shows less than kbp (kbpctl doctor tells what this machine lacks):");
+    println!(
+        "\nNot all of kbp was active, so the arm kbp shows less than kbp (kbpctl doctor tells what this machine lacks):"
+    );
     for part in &results.inactive {
         println!("  {part}");
     }
@@ -131,21 +141,40 @@ fn run(options: &Options, sandbox: &Sandbox) -> Result<ExitCode> {
 
 fn measure(options: &Options, node: &Node<'_>, place: Placement) -> Result<Results> {
     let mut results = Results::default();
-    let arms = options.arm.map_or_else(|| vec![Arm::Stock, Arm::Kbp], |arm| vec![arm]);
+    let arms = options
+        .arm
+        .map_or_else(|| vec![Arm::Stock, Arm::Kbp], |arm| vec![arm]);
     let steps = options.rounds as usize * arms.len() * Workload::ALL.len();
     let mut progress = Progress::new(steps, Duration::from_secs(u64::from(options.seconds) + 4));
     for round in 1..=options.rounds {
         for workload in Workload::ALL {
             // The arms take turns in who goes first, so that a drift of the machine favours neither.
-            let order: Vec<Arm> = if round % 2 == 1 { arms.clone() } else { arms.iter().rev().copied().collect() };
+            let order: Vec<Arm> = if round % 2 == 1 {
+                arms.clone()
+            } else {
+                arms.iter().rev().copied().collect()
+            };
             for arm in order {
-                progress.step(&format!("round {round} of {} · {} · {}", options.rounds, workload.name(), arm.name()));
+                progress.step(&format!(
+                    "round {round} of {} · {} · {}",
+                    options.rounds,
+                    workload.name(),
+                    arm.name()
+                ));
                 let measured = workload
                     .measure(node, arm, place, options.seconds)
                     .with_context(|| format!("{} under {}", workload.name(), arm.name()))?;
                 match measured.sample {
-                    Sample::Latency(sample) => results.latency.entry((workload, arm)).or_default().push(sample),
-                    Sample::Throughput(sample) => results.throughput.entry((workload, arm)).or_default().push(sample),
+                    Sample::Latency(sample) => results
+                        .latency
+                        .entry((workload, arm))
+                        .or_default()
+                        .push(sample),
+                    Sample::Throughput(sample) => results
+                        .throughput
+                        .entry((workload, arm))
+                        .or_default()
+                        .push(sample),
                 }
                 results.inactive.extend(measured.inactive);
                 results.status = results.status.or(measured.status);
@@ -159,18 +188,34 @@ fn measure(options: &Options, node: &Node<'_>, place: Placement) -> Result<Resul
     Ok(results)
 }
 
-fn rows<S, R>(samples: &BTreeMap<(Workload, Arm), Vec<S>>, row: fn(&str, &str, &[S]) -> Option<R>) -> Vec<R> {
-    samples.iter().filter_map(|((workload, arm), samples)| row(workload.name(), arm.name(), samples)).collect()
+fn rows<S, R>(
+    samples: &BTreeMap<(Workload, Arm), Vec<S>>,
+    row: fn(&str, &str, &[S]) -> Option<R>,
+) -> Vec<R> {
+    samples
+        .iter()
+        .filter_map(|((workload, arm), samples)| row(workload.name(), arm.name(), samples))
+        .collect()
 }
 
 fn panels(results: &Results) -> Vec<plot::Panel> {
     let panel = |workload: Workload| {
         let curve = |(arm, colour): (Arm, RGBColor)| {
             let samples = results.latency.get(&(workload, arm))?;
-            Some(plot::Curve { label: arm.name().to_owned(), colour, points: stats::curve(samples) })
+            Some(plot::Curve {
+                label: arm.name().to_owned(),
+                colour,
+                points: stats::curve(samples),
+            })
         };
-        let curves: Vec<_> = [(Arm::Stock, STOCK_COLOUR), (Arm::Kbp, KBP_COLOUR)].into_iter().filter_map(curve).collect();
-        (!curves.is_empty()).then(|| plot::Panel { title: workload.title().to_owned(), curves })
+        let curves: Vec<_> = [(Arm::Stock, STOCK_COLOUR), (Arm::Kbp, KBP_COLOUR)]
+            .into_iter()
+            .filter_map(curve)
+            .collect();
+        (!curves.is_empty()).then(|| plot::Panel {
+            title: workload.title().to_owned(),
+            curves,
+        })
     };
     Workload::ALL.into_iter().filter_map(panel).collect()
 }
@@ -189,33 +234,49 @@ fn describe_placement(place: Placement) -> String {
 }
 
 fn explain(options: &Options, environment: &str, place: Placement) -> String {
-    format!(
-        "How these figures were got: {environment}. {rounds} rounds; in each, every pair of containers was made anew, warmed up and measured \
-for about {seconds} s, once under io.containerd.runc.v2 with the reference CNI plugin ptp (stock) and once under io.containerd.kbp.v1 with \
-the CNI plugin kbp (kbp), in changing order. Same binaries, same spec, same cpusets ({placement}); kbp with its defaults, no annotations. \
-Each figure is the median over the rounds. CPU s is the busy time of the whole machine during one measurement, so kbp's pollers and the start of the client \
-are in it. redis-benchmark counts in steps of 8 µs and shows a step's upper edge; its p99.9 is an upper bound. A machine that does other \
-work at the same time shows other figures, in the tail above all.",
+    let text = format!(
+        "How these figures were got: {environment}. {rounds} rounds; in each, every pair of containers was made anew, warmed up and \
+         measured for about {seconds} s, once under io.containerd.runc.v2 with the reference CNI plugin ptp (stock) and once under \
+         io.containerd.kbp.v1 with the CNI plugin kbp (kbp), in changing order. Same binaries, same spec, same cpusets ({placement}); \
+         kbp with its defaults, no annotations. Each figure is the median over the rounds. CPU s is the busy time of all CPUs of the \
+         machine during one measurement, so kbp's pollers and the start of the client are in it. redis-benchmark counts in steps of \
+         8 µs and shows a step's upper edge; its p99.9 is an upper bound. A machine that does other work at the same time shows other \
+         figures, in the tail above all.",
         rounds = options.rounds,
         seconds = options.seconds,
         placement = describe_placement(place),
-    )
+    );
+    report::wrap(&text, 110)
 }
 
 fn written(out: &Path, elapsed: Duration) -> String {
-    let files = ["result.json", "throughput.json", "latency.svg", "latency.png"].map(|name| out.join(name).display().to_string());
+    let files = [
+        "result.json",
+        "throughput.json",
+        "latency.svg",
+        "latency.png",
+    ]
+    .map(|name| out.join(name).display().to_string());
     format!("Written in {}: {}", human(elapsed), files.join(", "))
 }
 
 fn kernel() -> Result<String> {
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").context("read /proc/sys/kernel/osrelease")?;
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease")
+        .context("read /proc/sys/kernel/osrelease")?;
     Ok(format!("Linux {}", release.trim()))
 }
 
 /// The model as the kernel names it; some architectures have none.
 fn cpu_model() -> String {
     let cpus = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let models: Vec<&str> = cpus.lines().filter(|l| l.starts_with("model name")).filter_map(|l| l.split(':').nth(1)).collect();
+    let models: Vec<&str> = cpus
+        .lines()
+        .filter(|l| l.starts_with("model name"))
+        .filter_map(|l| l.split(':').nth(1))
+        .collect();
     let count = cpus.lines().filter(|l| l.starts_with("processor")).count();
-    format!("{count} CPUs ({})", models.first().map_or("no model name", |m| m.trim()))
+    format!(
+        "{count} CPUs ({})",
+        models.first().map_or("no model name", |m| m.trim())
+    )
 }

@@ -15,15 +15,24 @@ pub(crate) fn redis_benchmark(text: &str) -> Result<Latency> {
     let mut points: Vec<(f64, u64)> = lines().filter_map(distribution_line).collect();
     points.sort_by(|a, b| a.0.total_cmp(&b.0));
     let samples = points.iter().map(|p| p.1).max();
-    let samples = samples
-        .filter(|n| *n > 0)
-        .with_context(|| format!("redis-benchmark printed no latency distribution: {}", excerpt(text)))?;
+    let samples = samples.filter(|n| *n > 0).with_context(|| {
+        format!(
+            "redis-benchmark printed no latency distribution: {}",
+            excerpt(text)
+        )
+    })?;
     let summary = lines()
         .skip_while(|line| !line.starts_with("latency summary"))
         .nth(2)
-        .with_context(|| format!("redis-benchmark printed no latency summary: {}", excerpt(text)))?;
+        .with_context(|| {
+            format!(
+                "redis-benchmark printed no latency summary: {}",
+                excerpt(text)
+            )
+        })?;
     let columns: Result<Vec<f64>, _> = summary.split_whitespace().map(str::parse).collect();
-    let columns = columns.with_context(|| format!("latency summary of redis-benchmark: {summary}"))?;
+    let columns =
+        columns.with_context(|| format!("latency summary of redis-benchmark: {summary}"))?;
     // avg min p50 p95 p99 max, in milliseconds.
     let [_, _, p50, _, p99, max] = columns[..] else {
         bail!("latency summary of redis-benchmark has not six columns: {summary}");
@@ -49,8 +58,15 @@ pub(crate) fn redis_benchmark(text: &str) -> Result<Latency> {
 
 /// Requests per second of redis-benchmark's report.
 pub(crate) fn redis_benchmark_rate(text: &str) -> Result<f64> {
-    let number = text.lines().find_map(|line| line.trim().strip_prefix("throughput summary:")?.split_whitespace().next());
-    let rate = number.and_then(|n| n.parse::<f64>().ok()).filter(|rate| rate.is_finite() && *rate > 0.0);
+    let number = text.lines().find_map(|line| {
+        line.trim()
+            .strip_prefix("throughput summary:")?
+            .split_whitespace()
+            .next()
+    });
+    let rate = number
+        .and_then(|n| n.parse::<f64>().ok())
+        .filter(|rate| rate.is_finite() && *rate > 0.0);
     rate.with_context(|| format!("redis-benchmark printed no throughput: {}", excerpt(text)))
 }
 
@@ -58,7 +74,10 @@ pub(crate) fn redis_benchmark_rate(text: &str) -> Result<f64> {
 fn distribution_line(line: &str) -> Option<(f64, u64)> {
     let (_, rest) = line.split_once("% <= ")?;
     let (milliseconds, rest) = rest.split_once(" milliseconds (cumulative count ")?;
-    Some((milliseconds.parse().ok()?, rest.strip_suffix(')')?.parse().ok()?))
+    Some((
+        milliseconds.parse().ok()?,
+        rest.strip_suffix(')')?.parse().ok()?,
+    ))
 }
 
 /// A quantile means something only with some requests beyond it.
@@ -68,7 +87,8 @@ fn enough(samples: u64, quantile: f64) -> bool {
 
 /// Reads what `udp-rr` prints.
 pub(crate) fn udp_rr(text: &str) -> Result<Latency> {
-    let value: Value = serde_json::from_str(text.trim()).with_context(|| format!("udp-rr printed: {}", excerpt(text)))?;
+    let value: Value = serde_json::from_str(text.trim())
+        .with_context(|| format!("udp-rr printed: {}", excerpt(text)))?;
     let number = |key: &str| {
         let found = value.get(key).and_then(Value::as_f64);
         found.with_context(|| format!("udp-rr's report has no number {key}: {}", excerpt(text)))
@@ -79,8 +99,9 @@ pub(crate) fn udp_rr(text: &str) -> Result<Latency> {
         bail!("udp-rr lost {lost} datagrams on one machine");
     }
     let samples = number("samples")? as u64;
-    let curve: Vec<(f64, f64)> = serde_json::from_value(value.get("curve").cloned().unwrap_or_default())
-        .with_context(|| format!("udp-rr's curve: {}", excerpt(text)))?;
+    let curve: Vec<(f64, f64)> =
+        serde_json::from_value(value.get("curve").cloned().unwrap_or_default())
+            .with_context(|| format!("udp-rr's curve: {}", excerpt(text)))?;
     Ok(Latency {
         p50: number("p50_us")?,
         p99: number("p99_us")?,
@@ -93,13 +114,19 @@ pub(crate) fn udp_rr(text: &str) -> Result<Latency> {
 
 /// Gbit/s at the receiver and retransmits of `iperf3 --json`.
 pub(crate) fn iperf3(text: &str) -> Result<(f64, u64)> {
-    let value: Value = serde_json::from_str(text.trim()).with_context(|| format!("iperf3 printed: {}", excerpt(text)))?;
+    let value: Value = serde_json::from_str(text.trim())
+        .with_context(|| format!("iperf3 printed: {}", excerpt(text)))?;
     if let Some(error) = value.get("error").and_then(Value::as_str) {
         bail!("iperf3: {error}");
     }
-    let rate = value.pointer("/end/sum_received/bits_per_second").and_then(Value::as_f64);
-    let rate = rate.with_context(|| format!("iperf3's report has no received rate: {}", excerpt(text)))?;
-    let retransmits = value.pointer("/end/sum_sent/retransmits").and_then(Value::as_u64);
+    let rate = value
+        .pointer("/end/sum_received/bits_per_second")
+        .and_then(Value::as_f64);
+    let rate =
+        rate.with_context(|| format!("iperf3's report has no received rate: {}", excerpt(text)))?;
+    let retransmits = value
+        .pointer("/end/sum_sent/retransmits")
+        .and_then(Value::as_u64);
     Ok((rate / 1e9, retransmits.unwrap_or(0)))
 }
 
@@ -118,8 +145,14 @@ mod tests {
     #[test]
     fn redis_benchmark_gives_the_tightest_upper_bound_for_p99_9() {
         let latency = redis_benchmark(REPORT).expect("a whole report");
-        assert_eq!((latency.p50, latency.p99, latency.max, latency.samples), (7.0, 87.0, 3831.0, 20000));
-        assert_eq!(redis_benchmark_rate(REPORT).expect("a whole report"), 70671.38);
+        assert_eq!(
+            (latency.p50, latency.p99, latency.max, latency.samples),
+            (7.0, 87.0, 3831.0, 20000)
+        );
+        assert_eq!(
+            redis_benchmark_rate(REPORT).expect("a whole report"),
+            70671.38
+        );
         // 19,980 of 20,000 are exactly 99.9 %: the second list knows it tighter than the first.
         assert_eq!(latency.p99_9, 303.0);
         assert_eq!(latency.curve[0], (0.5, 7.0));
@@ -129,7 +162,11 @@ mod tests {
 
     #[test]
     fn redis_benchmark_without_a_report_is_an_error() {
-        for text in ["", "Could not connect to Redis at 10.0.0.2:6379: Connection refused", &REPORT[..400]] {
+        for text in [
+            "",
+            "Could not connect to Redis at 10.0.0.2:6379: Connection refused",
+            &REPORT[..400],
+        ] {
             assert!(redis_benchmark(text).is_err(), "{text}");
             assert!(redis_benchmark_rate(text).is_err(), "{text}");
         }
@@ -138,10 +175,15 @@ mod tests {
     #[test]
     fn udp_rr_refuses_lost_datagrams() {
         let report = |lost: u32| {
-            format!(r#"{{"samples":1000,"lost":{lost},"p50_us":12.5,"p99_us":30,"p99_9_us":90,"max_us":200,"curve":[[0.5,12.5],[0.999,90.0]]}}"#)
+            format!(
+                r#"{{"samples":1000,"lost":{lost},"p50_us":12.5,"p99_us":30,"p99_9_us":90,"max_us":200,"curve":[[0.5,12.5],[0.999,90.0]]}}"#
+            )
         };
         let latency = udp_rr(&report(0)).expect("a whole report");
-        assert_eq!((latency.p50, latency.samples, latency.curve.len()), (12.5, 1000, 1));
+        assert_eq!(
+            (latency.p50, latency.samples, latency.curve.len()),
+            (12.5, 1000, 1)
+        );
         assert!(udp_rr(&report(3)).is_err());
         assert!(udp_rr("{}").is_err());
     }
@@ -150,7 +192,9 @@ mod tests {
     fn iperf3_reports_the_receivers_rate_or_its_error() {
         let report = r#"{"end":{"sum_sent":{"bits_per_second":2e10,"retransmits":7},"sum_received":{"bits_per_second":1.5e10}}}"#;
         assert_eq!(iperf3(report).expect("a whole report"), (15.0, 7));
-        let error = iperf3(r#"{"error":"unable to connect"}"#).expect_err("an error").to_string();
+        let error = iperf3(r#"{"error":"unable to connect"}"#)
+            .expect_err("an error")
+            .to_string();
         assert!(error.contains("unable to connect"), "{error}");
     }
 }

@@ -39,16 +39,29 @@ pub(crate) struct Curve {
 
 /// Writes `latency.svg` and `latency.png` into `directory`.
 pub(crate) fn write(directory: &Path, title: &str, panels: &[Panel]) -> Result<()> {
-    let font = std::fs::read(FONT).with_context(|| format!("read {FONT} (Debian package fonts-dejavu-core)"))?;
+    let font = std::fs::read(FONT)
+        .with_context(|| format!("read {FONT} (Debian package fonts-dejavu-core)"))?;
     // plotters keeps fonts for the life of the process, and this process draws once.
-    register_font(FAMILY, FontStyle::Normal, Box::leak(font.into_boxed_slice()))
-        .map_err(|_| anyhow!("{FONT} is not a font that can be read"))?;
+    register_font(
+        FAMILY,
+        FontStyle::Normal,
+        Box::leak(font.into_boxed_slice()),
+    )
+    .map_err(|_| anyhow!("{FONT} is not a font that can be read"))?;
     let svg = directory.join("latency.svg");
-    draw(SVGBackend::new(&svg, SIZE).into_drawing_area(), title, panels)
-        .with_context(|| format!("draw {}", svg.display()))?;
+    draw(
+        SVGBackend::new(&svg, SIZE).into_drawing_area(),
+        title,
+        panels,
+    )
+    .with_context(|| format!("draw {}", svg.display()))?;
     let png = directory.join("latency.png");
-    draw(BitMapBackend::new(&png, SIZE).into_drawing_area(), title, panels)
-        .with_context(|| format!("draw {}", png.display()))
+    draw(
+        BitMapBackend::new(&png, SIZE).into_drawing_area(),
+        title,
+        panels,
+    )
+    .with_context(|| format!("draw {}", png.display()))
 }
 
 fn draw<B: DrawingBackend>(area: DrawingArea<B, Shift>, title: &str, panels: &[Panel]) -> Result<()>
@@ -66,14 +79,21 @@ where
     Ok(())
 }
 
-fn draw_panel<B: DrawingBackend>(area: &DrawingArea<B, Shift>, panel: &Panel, latencies: Range<f64>) -> Result<()>
+fn draw_panel<B: DrawingBackend>(
+    area: &DrawingArea<B, Shift>,
+    panel: &Panel,
+    latencies: Range<f64>,
+) -> Result<()>
 where
     B::ErrorType: Sync + Send + 'static,
 {
     let points = || panel.curves.iter().flat_map(|c| &c.points);
     let far = points().map(|p| nines(p.quantile)).fold(1.0, f64::max);
     let tail = TailAxis::up_to(far.ceil().max(3.0));
-    let ticks = decade_ticks().into_iter().filter(|y| latencies.contains(y)).collect();
+    let ticks = decade_ticks()
+        .into_iter()
+        .filter(|y| latencies.contains(y))
+        .collect();
     let latencies = latencies.log_scale().with_key_points(ticks);
     let mut chart = ChartBuilder::on(area)
         .caption(&panel.title, (FAMILY, 19, &INK))
@@ -96,16 +116,33 @@ where
         .draw()?;
     for curve in &panel.curves {
         let colour = curve.colour;
-        let line: Vec<(f64, f64)> = curve.points.iter().map(|p| (nines(p.quantile), p.median_us)).collect();
+        let line: Vec<(f64, f64)> = curve
+            .points
+            .iter()
+            .map(|p| (nines(p.quantile), p.median_us))
+            .collect();
         // The band is the range over the rounds.
         let low = curve.points.iter().map(|p| (nines(p.quantile), p.low_us));
-        let high = curve.points.iter().rev().map(|p| (nines(p.quantile), p.high_us));
-        chart.draw_series(std::iter::once(Polygon::new(low.chain(high).collect::<Vec<_>>(), colour.mix(0.15))))?;
+        let high = curve
+            .points
+            .iter()
+            .rev()
+            .map(|p| (nines(p.quantile), p.high_us));
+        chart.draw_series(std::iter::once(Polygon::new(
+            low.chain(high).collect::<Vec<_>>(),
+            colour.mix(0.15),
+        )))?;
         chart
-            .draw_series(LineSeries::new(line.iter().copied(), colour.stroke_width(3)))?
+            .draw_series(LineSeries::new(
+                line.iter().copied(),
+                colour.stroke_width(3),
+            ))?
             .label(&curve.label)
             .legend(move |(x, y)| Rectangle::new([(x, y - 2), (x + 18, y + 2)], colour.filled()));
-        chart.draw_series(line.iter().map(|point| Circle::new(*point, 4, colour.filled())))?;
+        chart.draw_series(
+            line.iter()
+                .map(|point| Circle::new(*point, 4, colour.filled())),
+        )?;
     }
     chart
         .configure_series_labels()
@@ -125,7 +162,10 @@ struct TailAxis {
 
 impl TailAxis {
     fn up_to(end: f64) -> Self {
-        Self { inner: (nines(0.5)..end).into(), end }
+        Self {
+            inner: (nines(0.5)..end).into(),
+            end,
+        }
     }
 }
 
@@ -155,21 +195,36 @@ fn nines(quantile: f64) -> f64 {
 /// The label of so many nines: `50 %`, `99.9 %`.
 fn percent(nines: f64) -> String {
     let share = 100.0 * (1.0 - 10f64.powf(-nines));
-    let decimals = if nines <= 2.0 { 0 } else { nines.round() as usize - 2 };
+    let decimals = if nines <= 2.0 {
+        0
+    } else {
+        nines.round() as usize - 2
+    };
     format!("{share:.decimals$} %")
 }
 
 /// 1, 2, 5 of every decade from 1 µs to 1 s.
 fn decade_ticks() -> Vec<f64> {
-    (0..6).flat_map(|decade| [1.0, 2.0, 5.0].map(|step| step * 10f64.powi(decade))).collect()
+    (0..6)
+        .flat_map(|decade| [1.0, 2.0, 5.0].map(|step| step * 10f64.powi(decade)))
+        .collect()
 }
 
 /// One range for all panels, so that they compare, a little wider than what is drawn.
 fn latency_range(panels: &[Panel]) -> Range<f64> {
-    let points = || panels.iter().flat_map(|p| &p.curves).flat_map(|c| &c.points);
+    let points = || {
+        panels
+            .iter()
+            .flat_map(|p| &p.curves)
+            .flat_map(|c| &c.points)
+    };
     let low = points().map(|p| p.low_us).fold(f64::INFINITY, f64::min);
     let high = points().map(|p| p.high_us).fold(0.0, f64::max);
-    if low.is_finite() && low > 0.0 { low * 0.8..high * 1.6 } else { 1.0..1000.0 }
+    if low.is_finite() && low > 0.0 {
+        low * 0.8..high * 1.6
+    } else {
+        1.0..1000.0
+    }
 }
 
 #[cfg(test)]
@@ -178,7 +233,9 @@ mod tests {
 
     #[test]
     fn the_axis_has_the_usual_percentiles() {
-        let labels: Vec<String> = [0.5, 0.9, 0.99, 0.999, 0.9999].map(|q| percent(nines(q))).into();
+        let labels: Vec<String> = [0.5, 0.9, 0.99, 0.999, 0.9999]
+            .map(|q| percent(nines(q)))
+            .into();
         assert_eq!(labels, ["50 %", "90 %", "99 %", "99.9 %", "99.99 %"]);
     }
 
@@ -189,11 +246,20 @@ mod tests {
             (1..=13)
                 .map(|k| {
                     let median_us = scale * f64::from(k);
-                    CurvePoint { quantile: 1.0 - 0.5f64.powi(k), low_us: 0.9 * median_us, median_us, high_us: 1.3 * median_us }
+                    CurvePoint {
+                        quantile: 1.0 - 0.5f64.powi(k),
+                        low_us: 0.9 * median_us,
+                        median_us,
+                        high_us: 1.3 * median_us,
+                    }
                 })
                 .collect()
         };
-        let curve = |label: &str, colour, scale| Curve { label: label.to_owned(), colour, points: points(scale) };
+        let curve = |label: &str, colour, scale| Curve {
+            label: label.to_owned(),
+            colour,
+            points: points(scale),
+        };
         let panel = |title: &str| Panel {
             title: title.to_owned(),
             curves: vec![curve("stock", RED, 70.0), curve("kbp", BLUE, 12.0)],

@@ -16,17 +16,32 @@ pub(crate) struct Progress {
 impl Progress {
     /// `expected`: how long a step will take, until the first ones have shown it.
     pub(crate) fn new(steps: usize, expected: Duration) -> Self {
-        Self { steps, done: 0, expected, begin: Instant::now(), terminal: std::io::stderr().is_terminal() }
+        Self {
+            steps,
+            done: 0,
+            expected,
+            begin: Instant::now(),
+            terminal: std::io::stderr().is_terminal(),
+        }
     }
 
     /// Announces a step; the one before it is done.
     pub(crate) fn step(&mut self, what: &str) {
         let left = remaining(self.steps, self.done, self.begin.elapsed(), self.expected);
         self.done += 1;
-        let line = format!("[{:>2}/{}] {what} · about {} left", self.done, self.steps, human(left));
+        let line = format!(
+            "[{:>2}/{}] {what} · about {} left",
+            self.done,
+            self.steps,
+            human(left)
+        );
         let mut stderr = std::io::stderr();
         // On a terminal one line is rewritten; in a log each step has its own. Nothing can be done about a closed stderr.
-        let _ = if self.terminal { write!(stderr, "\r\x1b[K{line}") } else { writeln!(stderr, "{line}") };
+        let _ = if self.terminal {
+            write!(stderr, "\r\x1b[K{line}")
+        } else {
+            writeln!(stderr, "{line}")
+        };
         let _ = stderr.flush();
     }
 
@@ -39,7 +54,11 @@ impl Progress {
 }
 
 fn remaining(steps: usize, done: usize, elapsed: Duration, expected: Duration) -> Duration {
-    let a_step = if done == 0 { expected } else { elapsed / u32::try_from(done).unwrap_or(u32::MAX) };
+    let a_step = if done == 0 {
+        expected
+    } else {
+        elapsed / u32::try_from(done).unwrap_or(u32::MAX)
+    };
     a_step * u32::try_from(steps - done.min(steps)).unwrap_or(u32::MAX)
 }
 

@@ -86,7 +86,8 @@ pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
 impl LatencyRow {
     /// Medians of `samples`; None of no samples.
     pub(crate) fn of(workload: &str, arm: &str, samples: &[LatencySample]) -> Option<Self> {
-        let over = |field: fn(&LatencySample) -> f64| Some(round3(median(samples.iter().map(field))?));
+        let over =
+            |field: fn(&LatencySample) -> f64| Some(round3(median(samples.iter().map(field))?));
         Some(Self {
             workload: workload.to_owned(),
             arm: arm.to_owned(),
@@ -103,7 +104,8 @@ impl LatencyRow {
 impl ThroughputRow {
     /// Medians of `samples`; None of no samples.
     pub(crate) fn of(workload: &str, arm: &str, samples: &[ThroughputSample]) -> Option<Self> {
-        let over = |field: fn(&ThroughputSample) -> f64| Some(round3(median(samples.iter().map(field))?));
+        let over =
+            |field: fn(&ThroughputSample) -> f64| Some(round3(median(samples.iter().map(field))?));
         Some(Self {
             workload: workload.to_owned(),
             arm: arm.to_owned(),
@@ -121,7 +123,10 @@ pub(crate) fn curve(samples: &[LatencySample]) -> Vec<CurvePoint> {
     };
     let at = |sample: &LatencySample, quantile: f64| {
         let curve = &sample.latency.curve;
-        curve.iter().find(|p| (p.0 - quantile).abs() < 1e-9).map(|p| p.1)
+        curve
+            .iter()
+            .find(|p| (p.0 - quantile).abs() < 1e-9)
+            .map(|p| p.1)
     };
     let quantiles = first.latency.curve.iter().map(|p| p.0);
     quantiles
@@ -148,8 +153,18 @@ mod tests {
     use super::*;
 
     fn sample(p50: f64, curve: Vec<(f64, f64)>) -> LatencySample {
-        let latency = Latency { p50, p99: 2.0 * p50, p99_9: 3.0 * p50, max: 4.0 * p50, samples: 100, curve };
-        LatencySample { latency, cpu_seconds: 1.0 }
+        let latency = Latency {
+            p50,
+            p99: 2.0 * p50,
+            p99_9: 3.0 * p50,
+            max: 4.0 * p50,
+            samples: 100,
+            curve,
+        };
+        LatencySample {
+            latency,
+            cpu_seconds: 1.0,
+        }
     }
 
     #[test]
@@ -162,9 +177,16 @@ mod tests {
 
     #[test]
     fn a_row_holds_the_median_of_each_column() {
-        let samples = [sample(10.0, vec![]), sample(30.0, vec![]), sample(20.0, vec![])];
+        let samples = [
+            sample(10.0, vec![]),
+            sample(30.0, vec![]),
+            sample(20.0, vec![]),
+        ];
         let row = LatencyRow::of("redis-get", "kbp", &samples).expect("there are samples");
-        assert_eq!((row.p50_us, row.p99_us, row.p99_9_us, row.max_us), (20.0, 40.0, 60.0, 80.0));
+        assert_eq!(
+            (row.p50_us, row.p99_us, row.p99_9_us, row.max_us),
+            (20.0, 40.0, 60.0, 80.0)
+        );
         assert_eq!(LatencyRow::of("redis-get", "kbp", &[]), None);
     }
 
@@ -176,6 +198,9 @@ mod tests {
         ];
         let points = curve(&samples);
         assert_eq!(points.len(), 2);
-        assert_eq!((points[0].low_us, points[0].median_us, points[0].high_us), (1.0, 2.0, 3.0));
+        assert_eq!(
+            (points[0].low_us, points[0].median_us, points[0].high_us),
+            (1.0, 2.0, 3.0)
+        );
     }
 }

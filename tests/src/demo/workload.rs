@@ -61,7 +61,17 @@ impl Workload {
 
     fn server(self) -> &'static [&'static str] {
         match self {
-            Self::RedisGet => &["redis-server", "--bind", "0.0.0.0", "--protected-mode", "no", "--save", "", "--appendonly", "no"],
+            Self::RedisGet => &[
+                "redis-server",
+                "--bind",
+                "0.0.0.0",
+                "--protected-mode",
+                "no",
+                "--save",
+                "",
+                "--appendonly",
+                "no",
+            ],
             Self::UdpEcho => &["udp-echo", "0.0.0.0:7"],
             Self::BulkTcp => &["iperf3", "--server"],
         }
@@ -78,9 +88,29 @@ impl Workload {
     }
 
     /// Starts the pair under `arm`, warms it up, measures for about `seconds`, and removes it.
-    pub(crate) fn measure(self, node: &Node<'_>, arm: Arm, place: Placement, seconds: u32) -> Result<Measured> {
-        let server = node.pod(arm, Container { id: "server", command: self.server(), cpu: place.server })?;
-        let client = node.pod(arm, Container { id: "client", command: &["sleep", "infinity"], cpu: place.client })?;
+    pub(crate) fn measure(
+        self,
+        node: &Node<'_>,
+        arm: Arm,
+        place: Placement,
+        seconds: u32,
+    ) -> Result<Measured> {
+        let server = node.pod(
+            arm,
+            Container {
+                id: "server",
+                command: self.server(),
+                cpu: place.server,
+            },
+        )?;
+        let client = node.pod(
+            arm,
+            Container {
+                id: "client",
+                command: &["sleep", "infinity"],
+                cpu: place.client,
+            },
+        )?;
         let (table, port) = self.port();
         server.wait_for_port(table, port)?;
         let sample = match self {
@@ -94,37 +124,73 @@ impl Workload {
         };
         client.remove().context("remove the client")?;
         server.remove().context("remove the server")?;
-        Ok(Measured { sample, inactive, status })
+        Ok(Measured {
+            sample,
+            inactive,
+            status,
+        })
     }
 }
 
 fn redis_get(client: &Pod<'_, '_>, server: &str, seconds: u32) -> Result<LatencySample> {
     let benchmark = |requests: u64| {
         let requests = requests.to_string();
-        client.exec(&["redis-benchmark", "-h", server, "-t", "get", "-c", "1", "-n", &requests, "--precision", "3"])
+        client.exec(&[
+            "redis-benchmark",
+            "-h",
+            server,
+            "-t",
+            "get",
+            "-c",
+            "1",
+            "-n",
+            &requests,
+            "--precision",
+            "3",
+        ])
     };
     // redis-benchmark takes a number of requests; the warm-up says how many fill the time.
     const WARM_UP: u64 = 10_000;
     let rate = output::redis_benchmark_rate(&benchmark(WARM_UP)?)?;
     let requests = (rate * f64::from(seconds)) as u64;
     let (text, cpu_seconds) = with_cost(|| benchmark(requests.max(WARM_UP)))?;
-    Ok(LatencySample { latency: output::redis_benchmark(&text)?, cpu_seconds })
+    Ok(LatencySample {
+        latency: output::redis_benchmark(&text)?,
+        cpu_seconds,
+    })
 }
 
 fn udp_echo(client: &Pod<'_, '_>, server: &str, seconds: u32) -> Result<LatencySample> {
     let address = format!("{server}:7");
     client.exec(&["udp-rr", &address, "0.5"])?;
-    let (text, cpu_seconds) = with_cost(|| client.exec(&["udp-rr", &address, &seconds.to_string()]))?;
+    let (text, cpu_seconds) =
+        with_cost(|| client.exec(&["udp-rr", &address, &seconds.to_string()]))?;
     let latency: Latency = output::udp_rr(&text)?;
-    Ok(LatencySample { latency, cpu_seconds })
+    Ok(LatencySample {
+        latency,
+        cpu_seconds,
+    })
 }
 
 fn bulk_tcp(client: &Pod<'_, '_>, server: &str, seconds: u32) -> Result<ThroughputSample> {
-    let stream = |seconds: u32| client.exec(&["iperf3", "--client", server, "--json", "--time", &seconds.to_string()]);
+    let stream = |seconds: u32| {
+        client.exec(&[
+            "iperf3",
+            "--client",
+            server,
+            "--json",
+            "--time",
+            &seconds.to_string(),
+        ])
+    };
     stream(1)?;
     let (text, cpu_seconds) = with_cost(|| stream(seconds))?;
     let (gbit_per_second, retransmits) = output::iperf3(&text)?;
-    Ok(ThroughputSample { gbit_per_second, retransmits, cpu_seconds })
+    Ok(ThroughputSample {
+        gbit_per_second,
+        retransmits,
+        cpu_seconds,
+    })
 }
 
 /// Runs something and says how long the machine's CPUs were busy meanwhile.
