@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use kbp_kernel::cpu::Topology;
+use kbp_kernel::cpu::{self, Topology};
 use kbp_kernel::netns::Netns;
 use kbp_kernel::{CpuSet, NapiId};
 
@@ -232,6 +232,7 @@ impl Parts {
                     pool: &request.config.cpus,
                     config: &request.config.path,
                     topology: &topology,
+                    usable: &cpu::usable()?,
                     cpuset: request.cpuset.as_ref(),
                     pods: &pods,
                 },

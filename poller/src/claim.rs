@@ -55,6 +55,8 @@ pub struct Site<'a> {
     pub config: &'a Path,
     /// The machine.
     pub topology: &'a Topology,
+    /// CPUs that this process may use: its own cpuset limits where its workers can be.
+    pub usable: &'a CpuSet,
     /// The pod's own cpuset.
     pub cpuset: Option<&'a CpuSet>,
     /// Every pod that is attached now.
@@ -162,7 +164,7 @@ fn claim<K: Ord>(
     let mut candidates: Vec<CpuId> = site
         .pool
         .iter()
-        .filter(|c| site.topology.online.contains(*c))
+        .filter(|c| site.usable.contains(*c))
         .collect();
     candidates.sort_by_key(|c| rank(*c));
     for cpu in candidates {
@@ -188,6 +190,12 @@ fn holders(site: &Site<'_>) -> String {
     let each = site.pool.iter().map(|cpu| {
         if !site.topology.online.contains(cpu) {
             return format!("CPU {cpu} is offline");
+        }
+        if !site.usable.contains(cpu) {
+            return format!(
+                "CPU {cpu} is outside the cpuset of this process ({})",
+                site.usable
+            );
         }
         match names.get(&cpu) {
             Some(pods) => format!("CPU {cpu} is held by {}", pods.join(", ")),

@@ -83,7 +83,7 @@ impl Config {
     /// Reads one file.
     pub fn read(path: &Path) -> Result<Self> {
         match std::fs::read_to_string(path) {
-            Ok(text) => Self::parse(path, &text, Topology::read, Path::new("/sys")),
+            Ok(text) => Self::parse(path, &text, Path::new("/sys")),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Self::default_at(path)),
             Err(e) => Err(Error::Config {
                 path: path.display().to_string(),
@@ -113,19 +113,13 @@ impl Config {
         }
     }
 
-    fn parse(
-        path: &Path,
-        text: &str,
-        topology: impl FnOnce() -> kbp_kernel::Result<Topology>,
-        sys: &Path,
-    ) -> Result<Self> {
+    fn parse(path: &Path, text: &str, sys: &Path) -> Result<Self> {
         let origin = format!("config {}", path.display());
         let table: toml::Table = text.parse().map_err(|e| Error::Config {
             path: path.display().to_string(),
             reason: toml_reason(&e),
         })?;
         let mut config = Self::default_at(path);
-        let mut topology = Some(topology);
         for (key, value) in &table {
             let refuse = |allowed: &str| Error::InvalidValue {
                 origin: origin.clone(),
@@ -141,10 +135,8 @@ impl Config {
                     let text = value
                         .as_str()
                         .ok_or_else(|| refuse("a CPU list such as \"2-3\", or \"isolated\""))?;
-                    // Keys of a table are unique, so the topology is asked for once.
-                    if let Some(topology) = topology.take() {
-                        config.cpus = pool(text, &topology()?, sys).map_err(|a| refuse(&a))?;
-                    }
+                    let topology = Topology::read_from(sys)?;
+                    config.cpus = pool(text, &topology, sys).map_err(|a| refuse(&a))?;
                 }
                 "state-dir" => {
                     let dir = text.map(Path::new).filter(|d| d.is_absolute());
@@ -214,30 +206,22 @@ mod tests {
     use super::*;
     use crate::policy::{BusyPoll, Profile, WorkerPolicy};
 
-    /// A machine with CPUs 0-3, 3 offline, 2-3 isolated.
-    fn machine() -> (tempfile::TempDir, Topology) {
+    /// The sysfs of a machine with CPUs 0-3, 3 offline, 2-3 isolated.
+    fn machine() -> tempfile::TempDir {
         let sys = tempfile::tempdir().expect("tempdir");
+        let cpus = sys.path().join("devices/system/cpu");
         for cpu in 0..4 {
-            std::fs::create_dir_all(sys.path().join(format!("devices/system/cpu/cpu{cpu}")))
-                .expect("mkdir");
+            std::fs::create_dir_all(cpus.join(format!("cpu{cpu}"))).expect("mkdir");
         }
-        let set = |text: &str| text.parse().expect("cpus");
-        let topology = Topology {
-            online: set("0-2"),
-            isolated: set("2-3"),
-            nohz_full: set(""),
-        };
-        (sys, topology)
+        for (file, list) in [("online", "0-2\n"), ("isolated", "2-3\n")] {
+            std::fs::write(cpus.join(file), list).expect("write");
+        }
+        sys
     }
 
     fn parse(text: &str) -> Result<Config> {
-        let (sys, topology) = machine();
-        Config::parse(
-            Path::new("/etc/kbp/config.toml"),
-            text,
-            || Ok(topology),
-            sys.path(),
-        )
+        let sys = machine();
+        Config::parse(Path::new("/etc/kbp/config.toml"), text, sys.path())
     }
 
     #[test]

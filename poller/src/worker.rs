@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use kbp_kernel::process::Scheduling;
 use kbp_kernel::ring::{PollRing, RingOptions};
-use kbp_kernel::{CpuId, CpuSet, Micros};
+use kbp_kernel::{CpuId, CpuSet};
 
 use crate::claim::{self, Claim, Site};
 use crate::policy::WorkerPolicy;
@@ -25,9 +25,6 @@ pub const AUTO_WITHOUT_POOL: WorkerPolicy = WorkerPolicy::Idle;
 
 /// How long a worker polls on after the last packet was seen.
 pub const LEASE: Duration = Duration::from_millis(200);
-
-/// The kernel polls a statically tracked NAPI once a round whatever this says, but not at all when it is 0.
-const ROUND: Micros = Micros(1000);
 
 /// A worker that has been made; it sleeps until its lease is started.
 #[derive(Debug)]
@@ -145,20 +142,14 @@ fn on_pool(kind: WorkerPolicy, site: &Site<'_>) -> Result<Worker, String> {
     }
     .map_err(|e| e.to_string())?;
     let cpu = claim.cpu();
-    make(kind, cpu, Scheduling::Other(0), Some(claim)).map_err(|e| with_remedy(&e))
+    make(kind, cpu, Scheduling::Other(0), Some(claim)).map_err(|e| e.to_string())
 }
 
 fn idle(site: &Site<'_>) -> Result<Worker, String> {
-    let mut last = "no CPU is online".to_owned();
-    for cpu in idle_cpus(site) {
-        match make(WorkerPolicy::Idle, cpu, Scheduling::Idle, None) {
-            Ok(worker) => return Ok(worker),
-            // The kernel's answer for a CPU that the cpuset of this process does not have: the next one may do.
-            Err(e) if e.errno() == Some(nix::errno::Errno::EINVAL as i32) => last = e.to_string(),
-            Err(e) => return Err(with_remedy(&e)),
-        }
-    }
-    Err(last)
+    let cpu = *idle_cpus(site)
+        .first()
+        .ok_or("this process may use no CPU that is online")?;
+    make(WorkerPolicy::Idle, cpu, Scheduling::Idle, None).map_err(|e| e.to_string())
 }
 
 /// Where an idle-class worker goes, best first. It gives way to everything else on its CPU, but while it runs its CPU
@@ -177,7 +168,7 @@ fn idle_cpus(site: &Site<'_>) -> Vec<CpuId> {
     }
     let own =
         |cpu| is_real_part(site.cpuset, online) && site.cpuset.is_some_and(|c| c.contains(cpu));
-    let mut cpus: Vec<CpuId> = online.iter().collect();
+    let mut cpus: Vec<CpuId> = site.usable.iter().collect();
     cpus.sort_by_key(|cpu| {
         (
             taken.contains(*cpu),
@@ -203,12 +194,11 @@ fn make(
         cpu,
         scheduling,
         lease: LEASE,
-        busy_poll: ROUND,
         // The NAPI stays free between two rounds, so that a packet which comes while the worker is not running is
         // handled by softirq at once instead of waiting for it.
         prefer: false,
     })?;
-    let tid = ring.thread_id()?;
+    let tid = ring.thread_id();
     Ok(Worker {
         ring,
         state: WorkerState {
@@ -221,15 +211,4 @@ fn make(
         },
         _claim: claim,
     })
-}
-
-/// The kernel's refusal of a ring and what can be done about it.
-fn with_remedy(error: &kbp_kernel::Error) -> String {
-    let disabled = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled");
-    match disabled.as_deref().map(str::trim) {
-        Ok("1" | "2") => {
-            format!("{error}; io_uring is switched off: sysctl -w kernel.io_uring_disabled=0")
-        }
-        _ => error.to_string(),
-    }
 }
