@@ -112,7 +112,7 @@ fn run(options: &Options, sandbox: &Sandbox) -> Result<ExitCode> {
     report::write_json(&options.out.join("result.json"), &latency)?;
     report::write_json(&options.out.join("throughput.json"), &throughput)?;
     let title = format!(
-        "Round trip between two containers of one node, median of {} rounds",
+        "Round trip between two containers of one node: median of {} rounds, band from the best to the worst",
         options.rounds
     );
     plot::write(&options.out, &title, &panels(&results))?;
@@ -227,9 +227,10 @@ fn describe_placement(place: Placement) -> String {
         Relation::Threads => format!(
             "client on CPU {client}, server on CPU {server}: two threads of one core, for want of another; they slow each other down"
         ),
-        Relation::Same => format!(
-            "this machine has one CPU, which client and server share: busy polling cannot help there, and the demo will show that"
-        ),
+        Relation::Same => {
+            "this machine has one CPU, which client and server share: busy polling cannot help there, and the figures will show it"
+                .to_owned()
+        }
     }
 }
 
