@@ -3,6 +3,7 @@
 
 mod addresses;
 mod events;
+mod features;
 mod pair;
 mod routes;
 mod veth;
