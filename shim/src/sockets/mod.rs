@@ -1,1 +1,355 @@
-//! The supervisor of a pod's trapped system calls: gives sockets and epoll instances their busy-poll window.
+//! The supervisor of a pod's trapped system calls: gives its sockets and epoll instances their busy-poll window.
+//!
+//! The OCI runtime sends the listener of every filter that it installs, for a container's first process and again for each
+//! exec'd one, to a unix socket ([`handshake`]). One thread a pod ([`thread`]) waits for calls on all of them and answers
+//! each ([`answer`]): a call of an unmodified program runs on as if it had not been trapped, and its socket busy-polls.
+//!
+//! What holds for everything here: a trapped call hangs until it is answered, so the thread always answers, and waits for
+//! nothing but new work. When the listeners are closed, with the notifier or with a killed shim, trapped calls fail with
+//! ENOSYS; the notifier therefore has to live as long as any process of the pod.
+
+mod answer;
+mod handshake;
+#[cfg(test)]
+mod tests;
+mod thread;
+
+use std::collections::BTreeMap;
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use kbp_kernel::Micros;
+use kbp_poller::state::Degraded;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use sha2::{Digest, Sha256};
+
+/// Longest path of a unix socket: sun_path with its final zero byte (unix(7)).
+const MAX_SOCKET_PATH: usize = 107;
+
+/// The thread calls a handful of functions and keeps its buffers on the heap.
+const STACK_SIZE: usize = 128 * 1024;
+
+/// Why a notifier could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file operation failed.
+    #[error("{what} {}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The path of the socket does not fit a socket address, or config.json.
+    #[error("{} is no path for a notifier socket: {reason}; choose a shorter, plain state-dir", path.display())]
+    Path {
+        /// The path.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The thread could not be started.
+    #[error("start the notifier thread: {0}")]
+    Thread(io::Error),
+}
+
+/// What a container's sockets and epoll instances are given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Treatment {
+    /// Busy-poll window; None: leave everything alone.
+    pub window: Option<Micros>,
+    /// Whether epoll instances get the window too.
+    pub epoll: bool,
+}
+
+/// Something that whoever owns the notifier may want to log or show.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// The runtime handed over the listener of a process.
+    Listening {
+        /// Container of the process.
+        container: String,
+        /// Its process id, as the runtime told it.
+        pid: i64,
+    },
+    /// A connection was refused.
+    Refused(String),
+    /// A part did not work for a socket; told once for each part of a container.
+    Degraded(Degraded),
+    /// Calls were answered since [`Notifier::counters`] was read last.
+    Active,
+}
+
+/// How much a notifier has done.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Calls that were answered.
+    pub calls_handled: u64,
+    /// Sockets that were given a window.
+    pub sockets_set: u64,
+    /// Epoll instances that were given a window.
+    pub epolls_given: u64,
+    /// Calls that ran on without what they should have been given.
+    pub errors: u64,
+}
+
+/// The notifier of a pod. Dropping it ends the thread and removes the socket.
+#[derive(Debug)]
+pub struct Notifier {
+    dir: PathBuf,
+    socket: String,
+    shared: Arc<Shared>,
+    stop: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What the thread and its owner both see.
+struct Shared {
+    metadata: String,
+    containers: Mutex<BTreeMap<String, Arc<Container>>>,
+    counters: AtomicCounters,
+    /// Whether [`Event::Active`] was sent and nobody has looked since.
+    told_active: AtomicBool,
+    events: Box<dyn Fn(Event) + Send + Sync>,
+}
+
+/// A container's treatment, as it is now: its listeners look at it at every call.
+#[derive(Debug)]
+struct Container {
+    id: String,
+    /// Window in µs; 0: leave everything alone.
+    window: AtomicU32,
+    epoll: AtomicBool,
+    told_degraded: [AtomicBool; 2],
+}
+
+#[derive(Debug, Default)]
+struct AtomicCounters {
+    calls_handled: AtomicU64,
+    sockets_set: AtomicU64,
+    epolls_given: AtomicU64,
+    errors: AtomicU64,
+}
+
+/// Directory of a pod's notifier below the state directory. Ids may be long and a socket's path may not, so its name is a hash.
+pub fn directory(state_dir: &Path, namespace: &str, pod_id: &str) -> PathBuf {
+    let mut hash = Sha256::new();
+    hash.update(namespace.as_bytes());
+    // Neither of the two can hold a slash.
+    hash.update(b"/");
+    hash.update(pod_id.as_bytes());
+    let name: String = hash.finalize()[..8]
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect();
+    state_dir.join("notify").join(name)
+}
+
+/// Removes what a notifier of this pod has left; fine when there is nothing.
+pub fn remove(state_dir: &Path, namespace: &str, pod_id: &str) -> Result<(), Error> {
+    remove_dir(&directory(state_dir, namespace, pod_id))
+}
+
+fn remove_dir(dir: &Path) -> Result<(), Error> {
+    match fs::remove_dir_all(dir) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Io {
+            what: "remove",
+            path: dir.to_owned(),
+            source,
+        }),
+        _ => Ok(()),
+    }
+}
+
+impl Notifier {
+    /// Binds the pod's socket, for root only, and starts the thread: when this returns, a runtime may connect.
+    ///
+    /// `events` is called by the thread that answers calls and must not block.
+    pub fn start(
+        state_dir: &Path,
+        namespace: &str,
+        pod_id: &str,
+        events: impl Fn(Event) + Send + Sync + 'static,
+    ) -> Result<Self, Error> {
+        let dir = directory(state_dir, namespace, pod_id);
+        let path = dir.join("seccomp.sock");
+        let unfit = |reason: String| Error::Path {
+            path: path.clone(),
+            reason,
+        };
+        let length = path.as_os_str().len();
+        if length > MAX_SOCKET_PATH {
+            return Err(unfit(format!(
+                "{length} bytes long, at most {MAX_SOCKET_PATH} fit"
+            )));
+        }
+        let socket = path
+            .to_str()
+            .ok_or_else(|| unfit("not UTF-8".to_owned()))?
+            .to_owned();
+
+        // A shim that was killed may have left its socket.
+        remove_dir(&dir)?;
+        let listener = bind(&dir, &path).inspect_err(|_| {
+            // Best effort: the binding is what failed, and it is reported.
+            let _ = remove_dir(&dir);
+        })?;
+        let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+            .map_err(|e| Error::Thread(e.into()))?;
+        let mut notifier = Self {
+            dir,
+            socket,
+            shared: Arc::new(Shared {
+                metadata: format!("kbp {namespace}/{pod_id}"),
+                containers: Mutex::default(),
+                counters: AtomicCounters::default(),
+                told_active: AtomicBool::new(false),
+                events: Box::new(events),
+            }),
+            stop: Arc::new(stop),
+            thread: None,
+        };
+        let (shared, stop) = (notifier.shared.clone(), notifier.stop.clone());
+        let thread = std::thread::Builder::new()
+            .name("kbp-notify".to_owned())
+            .stack_size(STACK_SIZE)
+            .spawn(move || thread::Supervisor::new(listener, stop, shared).run())
+            .map_err(Error::Thread)?;
+        notifier.thread = Some(thread);
+        Ok(notifier)
+    }
+
+    /// Path of the socket, for `listenerPath`.
+    pub fn socket(&self) -> &str {
+        &self.socket
+    }
+
+    /// What the runtime has to send along, for `listenerMetadata`.
+    pub fn metadata(&self) -> &str {
+        &self.shared.metadata
+    }
+
+    /// Accepts the listeners of a container from now on. For a container that is there already, its calls get the new
+    /// treatment from now on.
+    pub fn admit(&self, container: &str, treatment: Treatment) {
+        let mut containers = self.shared.containers();
+        let entry = containers
+            .entry(container.to_owned())
+            .or_insert_with(|| Arc::new(Container::new(container)));
+        entry.treat(treatment);
+    }
+
+    /// Accepts no further listener of a container; those that are there are answered on.
+    pub fn dismiss(&self, container: &str) {
+        self.shared.containers().remove(container);
+    }
+
+    /// How much it has done. The next call that is answered tells [`Event::Active`] again.
+    pub fn counters(&self) -> Counters {
+        self.shared.told_active.store(false, Ordering::Release);
+        let counters = &self.shared.counters;
+        Counters {
+            calls_handled: counters.calls_handled.load(Ordering::Relaxed),
+            sockets_set: counters.sockets_set.load(Ordering::Relaxed),
+            epolls_given: counters.epolls_given.load(Ordering::Relaxed),
+            errors: counters.errors.load(Ordering::Relaxed),
+        }
+    }
+}
+
+impl Drop for Notifier {
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            // An eventfd's counter overflows only after 2^64 - 2 of these.
+            let _ = self.stop.write(1);
+            if thread.join().is_err() {
+                tracing::error!("the notifier thread had panicked");
+            }
+        }
+        if let Err(error) = remove_dir(&self.dir) {
+            tracing::warn!("{error}");
+        }
+    }
+}
+
+fn bind(dir: &Path, path: &Path) -> Result<UnixListener, Error> {
+    let failed = |what, path: &Path, source| Error::Io {
+        what,
+        path: path.to_owned(),
+        source,
+    };
+    // The directory is private before the socket is in it, so nobody gets between bind and chmod.
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .map_err(|e| failed("make directory", dir, e))?;
+    let listener = UnixListener::bind(path).map_err(|e| failed("bind", path, e))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))
+        .map_err(|e| failed("make private", path, e))?;
+    listener
+        .set_nonblocking(true)
+        .map_err(|e| failed("make non-blocking", path, e))?;
+    Ok(listener)
+}
+
+impl Shared {
+    fn containers(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Container>>> {
+        // The map is whole between any two operations on it.
+        self.containers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell(&self, event: Event) {
+        (self.events)(event);
+    }
+
+    fn tell_active(&self) {
+        if !self.told_active.swap(true, Ordering::AcqRel) {
+            self.tell(Event::Active);
+        }
+    }
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared")
+            .field("metadata", &self.metadata)
+            .field("counters", &self.counters)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Container {
+    fn new(id: &str) -> Self {
+        Self {
+            id: id.to_owned(),
+            window: AtomicU32::new(0),
+            epoll: AtomicBool::new(false),
+            told_degraded: [const { AtomicBool::new(false) }; 2],
+        }
+    }
+
+    fn treat(&self, treatment: Treatment) {
+        self.window
+            .store(treatment.window.map_or(0, |w| w.0), Ordering::Relaxed);
+        self.epoll.store(treatment.epoll, Ordering::Relaxed);
+    }
+
+    fn treatment(&self) -> Treatment {
+        let window = self.window.load(Ordering::Relaxed);
+        Treatment {
+            window: (window > 0).then_some(Micros(window)),
+            epoll: self.epoll.load(Ordering::Relaxed),
+        }
+    }
+}
