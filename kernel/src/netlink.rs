@@ -9,6 +9,7 @@
 
 mod answer;
 pub(crate) mod attributes;
+mod generic;
 mod request;
 mod subscription;
 
@@ -24,6 +25,7 @@ use nix::sys::time::{TimeVal, TimeValLike};
 
 use crate::{Error, Result};
 use answer::{Answer, Failure, answers};
+pub(crate) use generic::{GENERIC_HEADER, GenericMessage, open_family};
 pub(crate) use request::Request;
 pub(crate) use subscription::Subscription;
 

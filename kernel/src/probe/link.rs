@@ -1,18 +1,101 @@
-//! Probes of links and their NAPI instances.
+//! Probes of links and their NAPI instances, on a veth pair between two throw-away namespaces.
 
-use crate::Result;
+use crate::ethtool::{Features, set_features};
+use crate::link::{Batch, RouteSocket, VethPair};
+use crate::napi::{Napi, NapiSettings, NetdevSocket, Threaded};
+use crate::netns::Netns;
+use crate::{Error, MacAddr, Mtu, Result};
 
 /// A veth end in a throw-away namespace gets a NAPI instance once GRO is on.
+///
+/// # Errors
+/// [`Error::Unsupported`] when it gets none or the kernel does not list instances; what the kernel
+/// said when a veth cannot be made at all.
 pub fn veth_napi() -> Result<()> {
-    todo!()
+    PolledVeth::new().map(|_| ())
 }
 
 /// The netdev family answers `napi-get`.
+///
+/// # Errors
+/// [`Error::Unsupported`] when there is no such family or command.
 pub fn netdev_family() -> Result<()> {
-    todo!()
+    let netns = Netns::create()?;
+    let loopback = RouteSocket::open_in(&netns)?.link_by_name("lo")?;
+    let loopback = loopback.ok_or(Error::NotFound {
+        what: "the loopback".to_owned(),
+    })?;
+    NetdevSocket::open_in(&netns)?
+        .napis(loopback.index)
+        .map(|_| ())
 }
 
 /// `napi-set threaded=busy-poll` works on a throw-away veth.
+///
+/// # Errors
+/// [`Error::Unsupported`] when the kernel does not have it.
 pub fn threaded_busy_poll() -> Result<()> {
-    todo!()
+    let mut veth = PolledVeth::new()?;
+    let threaded = |threaded| NapiSettings {
+        threaded: Some(threaded),
+        ..NapiSettings::default()
+    };
+    let result = veth.socket.set(veth.napi.id, threaded(Threaded::BusyPoll));
+    // Its thread would spin until the namespace is taken down, which is later than now.
+    if result.is_ok() {
+        veth.socket
+            .set(veth.napi.id, threaded(Threaded::Disabled))?;
+    }
+    result
+}
+
+/// A veth pair whose host end has a NAPI instance; it is gone with its namespaces.
+struct PolledVeth {
+    socket: NetdevSocket,
+    napi: Napi,
+    _host: Netns,
+    _pod: Netns,
+}
+
+impl PolledVeth {
+    fn new() -> Result<Self> {
+        let (host, pod) = (Netns::create()?, Netns::create()?);
+        let mut route = RouteSocket::open_in(&host)?;
+        let mut batch = Batch::new();
+        batch.create_veth(&VethPair {
+            host_name: "probe",
+            host_mac: MacAddr([2, 0, 0, 0, 0, 1]),
+            pod_name: "probe",
+            pod_mac: MacAddr([2, 0, 0, 0, 0, 2]),
+            pod_netns: &pod,
+            mtu: Mtu(1500),
+            tx_queue_len: 1,
+        });
+        route.execute(&batch)?;
+        let link = route.link_by_name("probe")?;
+        let link = link.ok_or_else(|| Error::NotFound {
+            what: "the new veth".to_owned(),
+        })?;
+        let mut socket = NetdevSocket::open_in(&host)?;
+        set_features(
+            &host,
+            "probe",
+            Features {
+                gro: true,
+                tso: false,
+            },
+        )?;
+        match socket.napis(link.index)?.pop() {
+            Some(napi) => Ok(Self {
+                socket,
+                napi,
+                _host: host,
+                _pod: pod,
+            }),
+            None => Err(Error::Unsupported {
+                feature: "a NAPI instance for veth",
+                reason: "a veth end that is up with GRO on has none".to_owned(),
+            }),
+        }
+    }
 }

@@ -4,6 +4,7 @@
 mod addresses;
 mod events;
 mod features;
+mod napi;
 mod pair;
 mod routes;
 mod veth;
