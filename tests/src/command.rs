@@ -118,15 +118,17 @@ pub struct Running {
 impl Running {
     /// Starts a program; its standard input is what the command says.
     pub fn start(mut command: Command) -> Result<Self> {
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        Self::start_as_is(command)
+    }
+
+    /// Starts a program whose output goes where the command says; what is not piped is not collected.
+    pub fn start_as_is(mut command: Command) -> Result<Self> {
         let name = describe(&command);
-        let mut child = command
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .map_err(|error| Error::Command {
-                command: name.clone(),
-                reason: error.to_string(),
-            })?;
+        let mut child = command.spawn().map_err(|error| Error::Command {
+            command: name.clone(),
+            reason: error.to_string(),
+        })?;
         Ok(Self {
             stdout: Collector::new(child.stdout.take()),
             stderr: Collector::new(child.stderr.take()),
