@@ -9,8 +9,7 @@ CNI_BIN_DIR ?= /opt/cni/bin
 SHARE_DIR ?= $(PREFIX)/share/kbp
 
 RELEASE := target/release
-# The node-wide daemon is optional: without it every shim polls for its own pod.
-BINARIES := containerd-shim-kbp-v1 kbpctl $(if $(wildcard poller/src/main.rs),kbp-poller)
+BINARIES := containerd-shim-kbp-v1 kbp-poller kbpctl
 CNI_PLUGINS := kbp
 CONFIG = $(shell find config -type f | sort)
 
@@ -18,7 +17,7 @@ CONFIG = $(shell find config -type f | sort)
 .DEFAULT_GOAL := build
 
 help:
-	@echo 'make build      shim, CNI plugin and tools in $(RELEASE)'
+	@echo 'make build      the four binaries in $(RELEASE)'
 	@echo 'make deps       install the Debian packages that build, tests and demo use (root)'
 	@echo 'make demo       stock runtime against kbp on this machine, about four minutes (root)'
 	@echo 'make bench      the same, longer (root)'
