@@ -204,3 +204,138 @@ pub fn times() -> Result<BTreeMap<CpuId, CpuTimes>> {
     }
     Ok(all)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A sysfs tree with these files, gone with the guard.
+    fn tree(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let root = tempfile::tempdir().expect("temporary directory");
+        for (path, text) in files {
+            let path = root.path().join("devices/system").join(path);
+            std::fs::create_dir_all(path.parent().expect("a parent")).expect("directory");
+            std::fs::write(path, text).expect("file");
+        }
+        root
+    }
+
+    fn set(text: &str) -> CpuSet {
+        text.parse().expect("a CPU list")
+    }
+
+    #[test]
+    fn two_nodes_with_siblings_isolation_and_an_offline_cpu() {
+        let root = tree(&[
+            ("cpu/online", "0-2,4-7\n"),
+            ("cpu/isolated", "6-7\n"),
+            ("cpu/nohz_full", "7\n"),
+            ("cpu/cpu0/topology/thread_siblings_list", "0,4\n"),
+            ("cpu/cpu1/topology/thread_siblings_list", "1,5\n"),
+            ("cpu/cpu2/topology/thread_siblings_list", "2,6\n"),
+            ("cpu/cpu4/topology/thread_siblings_list", "0,4\n"),
+            ("cpu/cpu5/topology/thread_siblings_list", "1,5\n"),
+            ("cpu/cpu6/topology/thread_siblings_list", "2,6\n"),
+            ("cpu/cpu7/topology/thread_siblings_list", "7\n"),
+            ("node/node0/cpulist", "0-1,4-5\n"),
+            ("node/node1/cpulist", "2-3,6-7\n"),
+            ("node/has_cpu", "0-1\n"),
+        ]);
+        let topology = Topology::read_from(root.path()).expect("topology");
+        assert_eq!(topology.online, set("0-2,4-7"));
+        assert_eq!(topology.isolated, set("6-7"));
+        assert_eq!(topology.nohz_full, set("7"));
+        assert_eq!(topology.siblings(CpuId(4)).expect("siblings"), set("0,4"));
+        assert_eq!(topology.siblings(CpuId(7)).expect("siblings"), set("7"));
+        assert_eq!(topology.numa_node(CpuId(5)).expect("node"), 0);
+        assert_eq!(topology.numa_node(CpuId(6)).expect("node"), 1);
+        let error = topology
+            .siblings(CpuId(3))
+            .expect_err("offline")
+            .to_string();
+        assert!(
+            error.contains("\"3\"") && error.contains("0-2,4-7"),
+            "{error}"
+        );
+        assert!(topology.numa_node(CpuId(99)).is_err());
+    }
+
+    #[test]
+    fn a_kernel_that_tells_little_has_lone_cpus_on_node_0() {
+        let root = tree(&[
+            ("cpu/online", "0-1\n"),
+            ("cpu/isolated", "\n"),
+            ("cpu/nohz_full", "  (null)\n"),
+        ]);
+        let topology = Topology::read_from(root.path()).expect("topology");
+        assert!(topology.isolated.is_empty() && topology.nohz_full.is_empty());
+        assert_eq!(topology.siblings(CpuId(1)).expect("siblings"), set("1"));
+        assert_eq!(topology.numa_node(CpuId(1)).expect("node"), 0);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_named() {
+        let root = tree(&[]);
+        let error = Topology::read_from(root.path())
+            .expect_err("no tree")
+            .to_string();
+        assert!(error.contains("devices/system/cpu/online"), "{error}");
+        let root = tree(&[("cpu/online", "0-1\n"), ("cpu/isolated", "some\n")]);
+        let error = Topology::read_from(root.path())
+            .expect_err("malformed")
+            .to_string();
+        assert!(
+            error.contains("cpu/isolated") && error.contains("some"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn this_machine_is_consistent() {
+        let topology = Topology::read().expect("topology");
+        let allowed = allowed().expect("allowed");
+        let usable = usable().expect("usable");
+        assert!(allowed.is_subset(&usable) && usable.is_subset(&topology.online));
+        for cpu in topology.online.iter() {
+            assert!(topology.siblings(cpu).expect("siblings").contains(cpu));
+            topology.numa_node(cpu).expect("node");
+        }
+    }
+
+    #[test]
+    fn usable_cpus_are_more_than_the_present_affinity() {
+        std::thread::spawn(|| {
+            let before = usable().expect("usable");
+            let one = before.iter().next().expect("a CPU");
+            process::set_affinity(0, &[one].into_iter().collect()).expect("pin");
+            assert_eq!(allowed().expect("allowed").len(), 1);
+            assert_eq!(usable().expect("usable"), before);
+            assert_eq!(
+                allowed().expect("allowed").len(),
+                1,
+                "asking changes nothing"
+            );
+        })
+        .join()
+        .expect("thread");
+    }
+
+    #[test]
+    fn times_of_a_busy_cpu_grow() {
+        let busy = |times: &CpuTimes| times.user + times.system;
+        let cpu = allowed().expect("allowed").iter().next().expect("a CPU");
+        std::thread::spawn(move || {
+            process::set_affinity(0, &[cpu].into_iter().collect()).expect("pin");
+            let before = times().expect("times")[&cpu];
+            let until = std::time::Instant::now() + Duration::from_secs(10);
+            while busy(&times().expect("times")[&cpu]) == busy(&before) {
+                assert!(
+                    std::time::Instant::now() < until,
+                    "no time passed on CPU {cpu}"
+                );
+            }
+        })
+        .join()
+        .expect("thread");
+    }
+}
