@@ -188,3 +188,19 @@ pub fn peer(socket: impl AsFd) -> Result<Peer> {
         gid: credentials.gid(),
     })
 }
+
+/// Sets the size of a terminal, given its master or slave end, in characters (TIOCSWINSZ).
+pub fn set_window_size(terminal: BorrowedFd<'_>, columns: u16, rows: u16) -> Result<()> {
+    let size = libc::winsize {
+        ws_row: rows,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: TIOCSWINSZ reads one winsize, which lives through the call.
+    let answer = unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
+    check(answer, || {
+        format!("set the size of a terminal to {columns}x{rows}")
+    })?;
+    Ok(())
+}

@@ -250,11 +250,8 @@ fn waitid(kind: libc::idtype_t, id: libc::id_t, flags: i32) -> std::io::Result<O
     }))
 }
 
-/// Blocks until a child has ended and tells which, leaving it to be reaped by whoever waits for it; None when there are no children.
-///
-/// The same child is told again until somebody reaps it. Reap it with [`consume`] when it is nobody else's.
-pub fn wait_any_peek() -> Result<Option<u32>> {
-    match waitid(libc::P_ALL, 0, libc::WEXITED | libc::WNOWAIT) {
+fn peek(flags: i32) -> Result<Option<u32>> {
+    match waitid(libc::P_ALL, 0, libc::WEXITED | libc::WNOWAIT | flags) {
         Ok(info) => Ok(info.map(|info| info.pid)),
         Err(error) if error.raw_os_error() == Some(libc::ECHILD) => Ok(None),
         Err(source) => Err(Error::Syscall {
@@ -262,6 +259,18 @@ pub fn wait_any_peek() -> Result<Option<u32>> {
             source,
         }),
     }
+}
+
+/// Blocks until a child has ended and tells which, leaving it to be reaped by whoever waits for it; None when there are no children.
+///
+/// The same child is told again until somebody reaps it. Reap it with [`consume`] when it is nobody else's.
+pub fn wait_any_peek() -> Result<Option<u32>> {
+    peek(0)
+}
+
+/// A child that has ended, as [`wait_any_peek`] tells it, without blocking; None when there is none now.
+pub fn peek_ended() -> Result<Option<u32>> {
+    peek(libc::WNOHANG)
 }
 
 /// Reaps the child `pid`, which has ended; does not wait for one that still runs ([`Error::NotFound`]).

@@ -1,3 +1,7 @@
 //! `containerd-shim-kbp-v1`: runtime `io.containerd.kbp.v1` of containerd.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    kbp_shim::bootstrap::main()
+}

@@ -1,0 +1,135 @@
+//! The server process: one for a pod, until containerd has deleted its last container.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use containerd_shim_protos::shim_async::{Task, create_task};
+use containerd_shim_protos::ttrpc;
+use kbp_poller::config::Config;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::address;
+use super::flags::Flags;
+use super::log;
+use crate::pod;
+use crate::task::TaskService;
+use crate::task::container::Surroundings;
+use crate::task::events::Publisher;
+use crate::task::reaper::Reaper;
+
+/// Threads that serve requests. Two, so that one that is briefly busy in the kernel does not keep the other calls waiting.
+const WORKERS: usize = 2;
+
+/// How long the last events may take to reach containerd.
+const FLUSH_LIMIT: Duration = Duration::from_secs(10);
+
+/// OCI runtime where containerd's options name none. A config that cannot be read is reported when a container is created.
+pub fn default_runtime() -> String {
+    Config::load().map_or_else(|_| "runc".to_owned(), |config| config.runtime)
+}
+
+/// Serves until containerd asks for the shutdown.
+pub fn serve(flags: &Flags) -> anyhow::Result<()> {
+    let bundle =
+        std::env::current_dir().context("find the working directory, which is the bundle")?;
+    log::install(&bundle, flags.debug);
+    let (listener, socket) = listener(flags, &bundle)?;
+    // A page that is 2 MiB large costs what the whole server should need. Not vital.
+    if let Err(error) = kbp_kernel::process::set_thp_disabled(true) {
+        tracing::debug!("{error}");
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKERS)
+        .thread_keep_alive(Duration::from_secs(1))
+        .enable_all()
+        .build()
+        .context("start the async runtime")?;
+    let served = runtime.block_on(run(flags, listener));
+    if let Some(socket) = socket {
+        address::remove(&socket);
+    }
+    if let Err(error) = &served {
+        tracing::error!("{error:#}");
+    }
+    // Whatever still runs (a copy to a fifo that nobody reads) must not keep the process.
+    runtime.shutdown_background();
+    served
+}
+
+/// The socket inherited from `start` as standard input, or the one named on the command line; with the path to remove.
+fn listener(flags: &Flags, bundle: &Path) -> anyhow::Result<(UnixListener, Option<PathBuf>)> {
+    if !flags.socket.is_empty() {
+        let path = PathBuf::from(&flags.socket);
+        let address::Socket::Bound(listener) = address::bind(&path)? else {
+            anyhow::bail!("{} is in use by another process", path.display());
+        };
+        return Ok((listener, Some(path)));
+    }
+    let inherited: OwnedFd = std::io::stdin()
+        .as_fd()
+        .try_clone_to_owned()
+        .context("take the socket that start passed")?;
+    // Nothing that is started later shall inherit it.
+    let null = std::fs::File::open("/dev/null").context("open /dev/null")?;
+    nix::unistd::dup2_stdin(&null).context("replace standard input")?;
+    let listener = UnixListener::from(inherited);
+    listener
+        .local_addr()
+        .context("standard input is no socket: use `start`, or give -socket")?;
+    Ok((listener, address::of_bundle(bundle)))
+}
+
+async fn run(flags: &Flags, listener: UnixListener) -> anyhow::Result<()> {
+    let reaper = Reaper::start()?;
+    let events = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
+    let (publisher, delivery) = Publisher::start(&flags.namespace, &events);
+    let plain = Arc::new(TaskService::new(Surroundings {
+        namespace: flags.namespace.clone(),
+        default_runtime: default_runtime(),
+        reaper,
+        publisher: Arc::clone(&publisher),
+    }));
+    let mut shutdown = plain.shutdown();
+    let context = pod::Context {
+        namespace: flags.namespace.clone(),
+        pod_id: flags.id.clone(),
+    };
+    let service = pod::decorate(plain, context);
+
+    let mut server = ttrpc::r#async::Server::new()
+        .add_listener(listener.try_into().context("serve on the socket")?)
+        .register_service(services(service));
+    server.start().await.context("start to serve")?;
+    tracing::debug!("serving {}", flags.id);
+
+    // A node's shutdown sends these to everybody; the containers' end is containerd's to decide.
+    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    tokio::select! {
+        asked = shutdown.wait_for(|asked| *asked) => drop(asked),
+        _ = terminate.recv() => tracing::info!("ended by SIGTERM"),
+        _ = interrupt.recv() => tracing::info!("ended by SIGINT"),
+    }
+    publisher.close();
+    if tokio::time::timeout(FLUSH_LIMIT, delivery).await.is_err() {
+        tracing::warn!("the last events did not reach containerd within {FLUSH_LIMIT:?}");
+    }
+    let _ = server.shutdown().await;
+    Ok(())
+}
+
+/// The Task service under the names of versions 2 and 3: their messages are the same.
+fn services(
+    service: Arc<dyn Task + Send + Sync>,
+) -> std::collections::HashMap<String, ttrpc::r#async::Service> {
+    let mut services = create_task(Arc::clone(&service));
+    let old = create_task(service)
+        .into_values()
+        .map(|methods| ("containerd.task.v2.Task".to_owned(), methods));
+    services.extend(old);
+    services
+}

@@ -1,0 +1,171 @@
+//! Runtime options: what containerd's configuration or a client says about how to run the OCI runtime.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::protobuf::{CodedInputStream, Message};
+use containerd_shim_protos::shim::oci;
+use serde::{Deserialize, Serialize};
+
+use super::error::{Error, Result};
+
+const FILE: &str = "options.json";
+
+/// Options of one container. The names of the stored form are those that the runc v2 shim stores, those of TOML the
+/// ones that containerd's CRI configuration has for `io.containerd.runc.v2`; other keys are somebody else's.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Options {
+    /// The OCI runtime's binary; empty: the node's default.
+    #[serde(alias = "BinaryName", skip_serializing_if = "String::is_empty")]
+    pub binary_name: String,
+    /// Where the runtime keeps its state; empty: `/run/containerd/runc`.
+    #[serde(alias = "Root", skip_serializing_if = "String::is_empty")]
+    pub root: String,
+    /// Whether cgroups are made by systemd.
+    #[serde(alias = "SystemdCgroup")]
+    pub systemd_cgroup: bool,
+    /// chroot instead of pivot_root.
+    #[serde(alias = "NoPivotRoot")]
+    pub no_pivot_root: bool,
+    /// No session keyring of its own.
+    #[serde(alias = "NoNewKeyring")]
+    pub no_new_keyring: bool,
+    /// cgroup of the shim itself.
+    #[serde(alias = "ShimCgroup", skip_serializing_if = "String::is_empty")]
+    pub shim_cgroup: String,
+    /// Owner of the standard streams' pipes.
+    #[serde(alias = "IoUid")]
+    pub io_uid: u32,
+    /// Group of the standard streams' pipes.
+    #[serde(alias = "IoGid")]
+    pub io_gid: u32,
+    /// Where criu keeps an image.
+    #[serde(alias = "CriuImagePath", skip_serializing_if = "String::is_empty")]
+    pub criu_image_path: String,
+    /// Where criu works.
+    #[serde(alias = "CriuWorkPath", skip_serializing_if = "String::is_empty")]
+    pub criu_work_path: String,
+}
+
+/// The fields of `runtimeoptions.v1.Options`, which CRI sends for every runtime type that it does not know.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Generic {
+    /// Type of the options, as the administrator named it.
+    pub type_url: String,
+    /// A TOML file with the options.
+    pub config_path: String,
+    /// The options as TOML; counts before the file.
+    pub config_body: Vec<u8>,
+}
+
+impl Generic {
+    /// Decodes the message; containerd-shim-protos does not have it.
+    pub fn decode(bytes: &[u8]) -> containerd_shim_protos::protobuf::Result<Self> {
+        let mut generic = Self::default();
+        let mut input = CodedInputStream::from_bytes(bytes);
+        while let Some(tag) = input.read_raw_tag_or_eof()? {
+            // Field number in the upper bits; 2 in the lower three: length-delimited.
+            match tag {
+                0x0a => generic.type_url = input.read_string()?,
+                0x12 => generic.config_path = input.read_string()?,
+                0x1a => generic.config_body = input.read_bytes()?,
+                other => containerd_shim_protos::protobuf::rt::read_unknown_or_skip_group(
+                    other,
+                    &mut input,
+                    &mut Default::default(),
+                )?,
+            }
+        }
+        Ok(generic)
+    }
+
+    /// The TOML text, from the body or the file.
+    pub fn toml(&self) -> Result<String> {
+        if self.config_body.is_empty() && !self.config_path.is_empty() {
+            return fs::read_to_string(&self.config_path).map_err(Error::io(format!(
+                "read runtime options {}",
+                self.config_path
+            )));
+        }
+        String::from_utf8(self.config_body.clone()).map_err(|_| {
+            Error::InvalidArgument(
+                "runtime options: config_body is not UTF-8, so it cannot be TOML".to_owned(),
+            )
+        })
+    }
+}
+
+impl Options {
+    /// Understands what containerd sends with `create`, `start` or `-info`, by its type.
+    pub fn decode(any: &Any) -> Result<Self> {
+        let malformed = |error: &dyn std::fmt::Display| {
+            Error::InvalidArgument(format!(
+                "runtime options of type {:?}: {error}",
+                any.type_url
+            ))
+        };
+        // The type is a bare message name from containerd, an URL with the name at its end from others.
+        match any.type_url.rsplit('/').next().unwrap_or_default() {
+            "" if any.value.is_empty() => Ok(Self::default()),
+            "containerd.runc.v1.Options" => {
+                let options = oci::Options::parse_from_bytes(&any.value)
+                    .map_err(|error| malformed(&error))?;
+                Ok(Self {
+                    binary_name: options.binary_name,
+                    root: options.root,
+                    systemd_cgroup: options.systemd_cgroup,
+                    no_pivot_root: options.no_pivot_root,
+                    no_new_keyring: options.no_new_keyring,
+                    shim_cgroup: options.shim_cgroup,
+                    io_uid: options.io_uid,
+                    io_gid: options.io_gid,
+                    criu_image_path: options.criu_image_path,
+                    criu_work_path: options.criu_work_path,
+                })
+            }
+            "runtimeoptions.v1.Options" => {
+                let generic = Generic::decode(&any.value).map_err(|error| malformed(&error))?;
+                toml::from_str(&generic.toml()?).map_err(|error| malformed(&error.message()))
+            }
+            _ => Err(Error::InvalidArgument(format!(
+                "runtime options of type {:?} are not understood: expected containerd.runc.v1.Options or runtimeoptions.v1.Options",
+                any.type_url
+            ))),
+        }
+    }
+
+    /// Reads what [`Self::store`] left in a bundle; the default when there is nothing.
+    pub fn load(bundle: &Path) -> Result<Self> {
+        let path = bundle.join(FILE);
+        match fs::read(&path) {
+            Ok(text) => serde_json::from_slice(&text).map_err(|error| Error::Malformed {
+                path,
+                detail: error.to_string(),
+            }),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(error) => Err(Error::io(format!("read {}", path.display()))(error)),
+        }
+    }
+
+    /// Keeps the options in the bundle, for `delete` after a crash.
+    pub fn store(&self, bundle: &Path) -> Result<()> {
+        let path = bundle.join(FILE);
+        let text = serde_json::to_vec(self).map_err(|error| Error::Malformed {
+            path: path.clone(),
+            detail: error.to_string(),
+        })?;
+        fs::write(&path, text).map_err(Error::io(format!("write {}", path.display())))
+    }
+
+    /// Where the runtime keeps the state of `namespace`'s containers.
+    pub fn runtime_root(&self, namespace: &str) -> PathBuf {
+        let root = if self.root.is_empty() {
+            "/run/containerd/runc"
+        } else {
+            &self.root
+        };
+        Path::new(root).join(namespace)
+    }
+}
