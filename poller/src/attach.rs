@@ -14,7 +14,7 @@ use crate::endpoint::{self, Endpoint, Found};
 use crate::keeper::{Job, Keeper, Watch, follow};
 use crate::policy::Policy;
 use crate::record::{Findings, Record};
-use crate::state::{self, Degraded, Part, PodState};
+use crate::state::{self, Degraded, Part, PodState, SocketCounters};
 use crate::tune::{Offloads, Tuner};
 use crate::window::Window;
 use crate::worker::{self, Choice, Worker};
@@ -282,6 +282,7 @@ fn describe(
         worker_reason: choice.reason.clone(),
         busy_poll_us: request.window.micros.map(|m| m.0),
         busy_poll_reason: request.window.reason.clone(),
+        sockets: SocketCounters::default(),
         cpuset: request.cpuset.as_ref().map(ToString::to_string),
         degraded,
     })
@@ -296,6 +297,12 @@ impl Attachment {
     /// Adds a degraded part that was found out later (a seccomp listener that could not be installed) and rewrites the state file.
     pub fn degrade(&self, degraded: Degraded) {
         self.record.degrade(degraded);
+    }
+
+    /// What holds for the pod's sockets from now on, and what was done to them so far; rewrites the state file when
+    /// anything of it is new. The cpuset is what other pods take as this one's.
+    pub fn set_sockets(&self, window: &Window, cpuset: Option<&CpuSet>, counters: SocketCounters) {
+        self.record.set_sockets(window, cpuset, counters);
     }
 
     /// Detaches; the same as dropping it, but tells errors.

@@ -4,12 +4,13 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use kbp_kernel::NapiId;
+use kbp_kernel::{CpuSet, NapiId};
 
 use crate::Result;
 use crate::endpoint::Endpoint;
-use crate::state::{self, Degraded, InterfaceState, Part, PodState};
+use crate::state::{self, Degraded, InterfaceState, Part, PodState, SocketCounters};
 use crate::tune::{Tuned, Tuner};
+use crate::window::Window;
 
 /// What tuning a pod's veths came to.
 #[derive(Debug, Default)]
@@ -122,6 +123,21 @@ impl Record {
             if !inner.lasting.contains(&degraded) {
                 inner.lasting.push(degraded);
             }
+        });
+    }
+
+    /// What holds for the sockets.
+    pub(crate) fn set_sockets(
+        &self,
+        window: &Window,
+        cpuset: Option<&CpuSet>,
+        counters: SocketCounters,
+    ) {
+        self.change(|inner| {
+            inner.state.busy_poll_us = window.micros.map(|m| m.0);
+            inner.state.busy_poll_reason.clone_from(&window.reason);
+            inner.state.cpuset = cpuset.map(ToString::to_string);
+            inner.state.sockets = counters;
         });
     }
 

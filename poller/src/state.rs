@@ -87,6 +87,19 @@ pub struct WorkerState {
     pub lease_ms: u32,
 }
 
+/// What was done to a pod's sockets so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SocketCounters {
+    /// Trapped calls that were answered.
+    pub calls_handled: u64,
+    /// Sockets that were given a window.
+    pub sockets_set: u64,
+    /// Epoll instances that were given a window.
+    pub epolls_given: u64,
+    /// Calls that ran on without what they should have been given.
+    pub errors: u64,
+}
+
 /// What is true of a pod now.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PodState {
@@ -112,6 +125,9 @@ pub struct PodState {
     pub busy_poll_us: Option<u32>,
     /// Why that window.
     pub busy_poll_reason: String,
+    /// What was done to the sockets; counted up about once a second.
+    #[serde(default)]
+    pub sockets: SocketCounters,
     /// The pod's cpuset in the kernel's list format, where it has one.
     pub cpuset: Option<String>,
     /// What is not active.
@@ -343,6 +359,7 @@ mod tests {
             worker_reason: "none".to_owned(),
             busy_poll_us: Some(20),
             busy_poll_reason: "auto".to_owned(),
+            sockets: SocketCounters::default(),
             cpuset: None,
             degraded: vec![Degraded {
                 part: Part::Worker,

@@ -25,7 +25,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use kbp_kernel::Micros;
-use kbp_poller::state::Degraded;
+use kbp_poller::state::{Degraded, SocketCounters};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use sha2::{Digest, Sha256};
 
@@ -86,19 +86,6 @@ pub enum Event {
     Degraded(Degraded),
     /// Calls were answered since [`Notifier::counters`] was read last.
     Active,
-}
-
-/// How much a notifier has done.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// Calls that were answered.
-    pub calls_handled: u64,
-    /// Sockets that were given a window.
-    pub sockets_set: u64,
-    /// Epoll instances that were given a window.
-    pub epolls_given: u64,
-    /// Calls that ran on without what they should have been given.
-    pub errors: u64,
 }
 
 /// The notifier of a pod. Dropping it ends the thread and removes the socket.
@@ -253,10 +240,10 @@ impl Notifier {
     }
 
     /// How much it has done. The next call that is answered tells [`Event::Active`] again.
-    pub fn counters(&self) -> Counters {
+    pub fn counters(&self) -> SocketCounters {
         self.shared.told_active.store(false, Ordering::Release);
         let counters = &self.shared.counters;
-        Counters {
+        SocketCounters {
             calls_handled: counters.calls_handled.load(Ordering::Relaxed),
             sockets_set: counters.sockets_set.load(Ordering::Relaxed),
             epolls_given: counters.epolls_given.load(Ordering::Relaxed),

@@ -155,7 +155,7 @@ fn bind_connect_and_listen_set_the_window_of_inet_sockets() {
     // Binds: 3, connects: 2, listens: 1; the listening socket had its window from its bind.
     assert_eq!(
         counters,
-        Counters {
+        SocketCounters {
             calls_handled: 6,
             sockets_set: 5,
             epolls_given: 0,
