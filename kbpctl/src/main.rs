@@ -1,2 +1,76 @@
-//! x
-fn main() {}
+//! `kbpctl`: what kbp does on this node now, and what the node lacks for it.
+
+mod doctor;
+mod status;
+mod text;
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// sysexits.h EX_USAGE: not to be taken for doctor's 2.
+const USAGE: u8 = 64;
+
+/// Says what kbp does on this node, and what the node lacks for it.
+#[derive(Debug, Parser)]
+#[command(name = "kbpctl", version, about, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Lists the attached pods: veths, NAPI ids, workers, windows, and what is not active and why.
+    Status {
+        /// Prints JSON: `{"pods": [...], "stale": [...]}`.
+        #[arg(long)]
+        json: bool,
+        /// Also says why each worker and each window was chosen.
+        #[arg(long, short)]
+        verbose: bool,
+        /// Directory of the state files [default: `state-dir` of the config file, else /run/kbp].
+        #[arg(long, value_name = "PATH")]
+        state_dir: Option<PathBuf>,
+    },
+    /// Tries everything that kbp needs from this kernel and node, and says what to do where something is missing.
+    ///
+    /// Exit status: 0 all is well, 1 something is degraded, 2 something is broken, 64 wrong usage.
+    Doctor {
+        /// Prints JSON: `{"verdict": "...", "checks": [...]}`.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(usage) => {
+            // Nothing can be said when the terminal is gone.
+            let _ = usage.print();
+            return ExitCode::from(if usage.use_stderr() { USAGE } else { 0 });
+        }
+    };
+    let outcome = match cli.command {
+        Command::Status {
+            json,
+            verbose,
+            state_dir,
+        } => status::run(state_dir.as_deref(), json, verbose).map(|text| (text, 0)),
+        Command::Doctor { json } => doctor::run(json),
+    };
+    match outcome {
+        Ok((text, status)) => {
+            // A reader that has gone (`| head`) has read enough.
+            let _ = std::io::stdout().lock().write_all(text.as_bytes());
+            ExitCode::from(status)
+        }
+        Err(error) => {
+            eprintln!("kbpctl: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -204,7 +204,7 @@ mod tests {
     use kbp_kernel::Micros;
 
     use super::*;
-    use crate::policy::{BusyPoll, Profile, WorkerPolicy};
+    use crate::policy::{BusyPoll, Policy, Profile, WorkerPolicy};
 
     /// The sysfs of a machine with CPUs 0-3, 3 offline, 2-3 isolated.
     fn machine() -> tempfile::TempDir {
@@ -263,6 +263,36 @@ mod tests {
             assert_eq!(config.runtime, "runc");
             assert!(config.disable.is_empty());
         }
+    }
+
+    /// The sample names every key, and what it calls the default is the default.
+    #[test]
+    fn the_sample_config_tells_the_defaults() {
+        let sample = include_str!("../../config/config.toml");
+        let told: String = sample
+            .lines()
+            .filter_map(|line| line.strip_prefix('#'))
+            .filter(|line| {
+                line.starts_with(|c: char| c.is_ascii_lowercase()) && line.contains(" = ")
+            })
+            .map(|line| format!("{line}\n"))
+            .collect();
+        for key in KEYS.split(", ") {
+            assert!(told.contains(&format!("{key} = ")), "{key} in {told}");
+        }
+        let told = parse(&told).expect("valid");
+        let default = parse(sample).expect("valid");
+        assert_eq!(Policy::resolve(&[told.policy]), Policy::default());
+        assert_eq!(Policy::resolve(&[default.policy]), Policy::default());
+        assert_eq!(
+            (told.cpus, told.state_dir, told.runtime, told.disable),
+            (
+                default.cpus,
+                default.state_dir,
+                default.runtime,
+                default.disable
+            )
+        );
     }
 
     #[test]

@@ -1,0 +1,252 @@
+//! `kbpctl status`: the state files, readable.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use kbp_poller::config::Config;
+use kbp_poller::policy::WorkerPolicy;
+use kbp_poller::state::{self, PodState, Stale};
+use serde::Serialize;
+
+use crate::text;
+
+#[derive(Debug, Serialize)]
+struct Status {
+    pods: Vec<PodState>,
+    stale: Vec<Stale>,
+}
+
+/// The whole output.
+pub(crate) fn run(state_dir: Option<&Path>, json: bool, verbose: bool) -> Result<String> {
+    let dir: PathBuf = match state_dir {
+        Some(dir) => dir.to_owned(),
+        None => Config::load()?.state_dir,
+    };
+    let hint = "the state is for root only: run as root";
+    let hint = (!nix::unistd::geteuid().is_root()).then_some(hint);
+    let read = || {
+        anyhow::Ok(Status {
+            pods: state::read_all(&dir)?,
+            stale: state::stale(&dir)?,
+        })
+    };
+    let status = match (read(), hint) {
+        (Err(error), Some(hint)) => return Err(error).context(hint),
+        (read, _) => read?,
+    };
+    if json {
+        return Ok(serde_json::to_string_pretty(&status)? + "\n");
+    }
+    Ok(render(&status, &dir, verbose))
+}
+
+fn render(status: &Status, dir: &Path, verbose: bool) -> String {
+    let mut out = String::new();
+    if status.pods.is_empty() {
+        out += &format!("no pod is attached (state directory {})\n", dir.display());
+    } else {
+        let header = ["POD", "VETH", "NAPI", "WORKER", "CPU", "WINDOW", "MISSING"];
+        let mut rows = vec![header.map(str::to_owned).to_vec()];
+        rows.extend(status.pods.iter().flat_map(rows_of));
+        out += &text::table(&rows);
+    }
+    for pod in &status.pods {
+        let mut lines = Vec::new();
+        for missing in &pod.degraded {
+            lines.push(format!("missing {}: {}", missing.part, missing.reason));
+        }
+        if verbose {
+            lines.push(format!("worker: {}", pod.worker_reason));
+            lines.push(format!("window: {}", pod.busy_poll_reason));
+            if let Some(cpuset) = &pod.cpuset {
+                lines.push(format!("cpuset: {cpuset}"));
+            }
+            lines.push(format!("profile: {}", pod.profile));
+            lines.push(format!("owner: process {}", pod.owner_pid));
+        }
+        if !lines.is_empty() {
+            out += &format!("\n{}/{}\n", pod.namespace, pod.id);
+            for line in lines {
+                out += &format!("  {}\n", text::fold(&line, 4, 100));
+            }
+        }
+    }
+    if !status.stale.is_empty() {
+        out += "\nstale (the next pod that starts removes what a dead owner left):\n";
+        for stale in &status.stale {
+            out += &format!("  pods/{}.json: {}\n", stale.id, stale.reason);
+        }
+    }
+    out
+}
+
+/// One row an interface; what is about the whole pod stands in the first.
+fn rows_of(pod: &PodState) -> Vec<Vec<String>> {
+    let none = || "-".to_owned();
+    let id = |napi: Option<u32>| napi.map_or_else(none, |n| n.to_string());
+    let mut rows: Vec<Vec<String>> = pod
+        .interfaces
+        .iter()
+        .map(|i| {
+            vec![
+                String::new(),
+                format!("{} > {}", i.host_interface, i.pod_interface),
+                format!("{} > {}", id(i.host_napi), id(i.pod_napi)),
+            ]
+        })
+        .collect();
+    if rows.is_empty() {
+        rows.push(vec![String::new(), none(), none()]);
+    }
+    let (worker, cpu) = match &pod.worker {
+        Some(w) => (
+            format!("{} {} {}", w.policy, w.kind, w.tid),
+            w.cpu.to_string(),
+        ),
+        None => (WorkerPolicy::None.to_string(), none()),
+    };
+    let parts: Vec<String> = pod.degraded.iter().map(|d| d.part.to_string()).collect();
+    let first = &mut rows[0];
+    first[0] = short(pod);
+    first.extend([
+        worker,
+        cpu,
+        pod.busy_poll_us
+            .map_or_else(|| "off".to_owned(), |us| format!("{us} µs")),
+        if parts.is_empty() {
+            none()
+        } else {
+            parts.join(",")
+        },
+    ]);
+    rows
+}
+
+/// Namespace and id; Kubernetes' ids of 64 digits are cut as every other tool cuts them.
+fn short(pod: &PodState) -> String {
+    let id = &pod.id;
+    let is_hash = id.len() == 64 && id.bytes().all(|b| b.is_ascii_hexdigit());
+    let id = if is_hash { &id[..12] } else { id };
+    format!("{}/{id}", pod.namespace)
+}
+
+#[cfg(test)]
+mod tests {
+    use kbp_poller::policy::Profile;
+    use kbp_poller::state::{Degraded, InterfaceState, Part, WorkerState};
+
+    use super::*;
+
+    fn pod() -> PodState {
+        PodState {
+            id: "a".repeat(64),
+            namespace: "k8s.io".to_owned(),
+            owner_pid: 7,
+            owner_start: 1,
+            worker_policy: WorkerPolicy::Auto,
+            profile: Profile::Latency,
+            interfaces: vec![InterfaceState {
+                pod_interface: "eth0".to_owned(),
+                host_interface: "kbp1234".to_owned(),
+                host_ifindex: 9,
+                host_napi: Some(8193),
+                pod_napi: Some(8194),
+            }],
+            worker: Some(WorkerState {
+                kind: "sqpoll".to_owned(),
+                policy: WorkerPolicy::Idle,
+                tid: 4711,
+                cpu: 1,
+                idle_class: true,
+                lease_ms: 200,
+            }),
+            worker_reason: "auto: no pool".to_owned(),
+            busy_poll_us: Some(20),
+            busy_poll_reason: "auto: shared CPUs".to_owned(),
+            cpuset: None,
+            degraded: vec![Degraded {
+                part: Part::EpollBusyPoll,
+                reason: "the kernel is too old".to_owned(),
+            }],
+        }
+    }
+
+    fn status(pods: Vec<PodState>) -> Status {
+        Status {
+            pods,
+            stale: vec![Stale {
+                id: "gone".to_owned(),
+                reason: "its owner, process 3, is gone".to_owned(),
+                owner_gone: true,
+            }],
+        }
+    }
+
+    #[test]
+    fn a_pod_is_one_line_and_its_reasons_follow() {
+        let text = render(&status(vec![pod()]), Path::new("/run/kbp"), false);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(
+            lines[1]
+                .split("  ")
+                .filter(|c| !c.is_empty())
+                .map(str::trim)
+                .collect::<Vec<_>>(),
+            [
+                "k8s.io/aaaaaaaaaaaa",
+                "kbp1234 > eth0",
+                "8193 > 8194",
+                "idle sqpoll 4711",
+                "1",
+                "20 µs",
+                "epoll-busy-poll"
+            ]
+        );
+        assert!(
+            text.contains("missing epoll-busy-poll: the kernel is too old"),
+            "{text}"
+        );
+        assert!(
+            text.contains("pods/gone.json: its owner, process 3, is gone"),
+            "{text}"
+        );
+        assert!(!text.contains("auto: shared CPUs"), "{text}");
+        assert!(!text.contains('\x1b'), "no colours");
+    }
+
+    #[test]
+    fn verbose_says_why() {
+        let text = render(&status(vec![pod()]), Path::new("/run/kbp"), true);
+        for part in [
+            "worker: auto: no pool",
+            "window: auto: shared CPUs",
+            "owner: process 7",
+        ] {
+            assert!(text.contains(part), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_pod_without_interface_worker_and_window_still_has_its_line() {
+        let mut bare = pod();
+        bare.interfaces.clear();
+        bare.worker = None;
+        bare.busy_poll_us = None;
+        bare.degraded.clear();
+        let text = render(&status(vec![bare]), Path::new("/run/kbp"), false);
+        let line = text.lines().nth(1).expect("a line");
+        assert_eq!(
+            line.split_whitespace().skip(1).collect::<Vec<_>>(),
+            ["-", "-", "none", "-", "off", "-"]
+        );
+    }
+
+    #[test]
+    fn no_pods_is_said() {
+        let text = render(&status(Vec::new()), Path::new("/run/x"), false);
+        assert!(
+            text.starts_with("no pod is attached (state directory /run/x)"),
+            "{text}"
+        );
+    }
+}
