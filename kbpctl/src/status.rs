@@ -58,6 +58,11 @@ fn render(status: &Status, dir: &Path, verbose: bool) -> String {
         if verbose {
             lines.push(format!("worker: {}", pod.worker_reason));
             lines.push(format!("window: {}", pod.busy_poll_reason));
+            let done = &pod.sockets;
+            lines.push(format!(
+                "sockets: {} given a window, {} epoll instances, {} trapped calls, {} of them failed",
+                done.sockets_set, done.epolls_given, done.calls_handled, done.errors
+            ));
             if let Some(cpuset) = &pod.cpuset {
                 lines.push(format!("cpuset: {cpuset}"));
             }
@@ -133,7 +138,7 @@ fn short(pod: &PodState) -> String {
 #[cfg(test)]
 mod tests {
     use kbp_poller::policy::Profile;
-    use kbp_poller::state::{Degraded, InterfaceState, Part, WorkerState};
+    use kbp_poller::state::{Degraded, InterfaceState, Part, SocketCounters, WorkerState};
 
     use super::*;
 
@@ -163,6 +168,10 @@ mod tests {
             worker_reason: "auto: no pool".to_owned(),
             busy_poll_us: Some(20),
             busy_poll_reason: "auto: shared CPUs".to_owned(),
+            sockets: SocketCounters {
+                sockets_set: 3,
+                ..SocketCounters::default()
+            },
             cpuset: None,
             degraded: vec![Degraded {
                 part: Part::EpollBusyPoll,
@@ -221,6 +230,7 @@ mod tests {
             "worker: auto: no pool",
             "window: auto: shared CPUs",
             "owner: process 7",
+            "sockets: 3 given a window",
         ] {
             assert!(text.contains(part), "{text}");
         }
