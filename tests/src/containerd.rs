@@ -191,14 +191,18 @@ impl<'s> Containerd<'s> {
             .context(|| "start containerd".to_owned())?;
         let socket = self.sandbox.inside(ADDRESS);
         let answers = wait_until("containerd's answer", LIMIT, || {
+            // One that ended will not answer any more.
             if let Ok(Some(status)) = child.try_wait() {
-                return Err(format!("it ended with {status}\n{}", self.log_tail(30)));
+                return Ok(Err(Error::Command {
+                    command: "containerd".to_owned(),
+                    reason: format!("it ended with {status}\n{}", self.log_tail(30)),
+                }));
             }
             std::os::unix::net::UnixStream::connect(&socket)
-                .map(drop)
+                .map(|_| Ok(()))
                 .map_err(|e| e.to_string())
         });
-        if let Err(error) = answers {
+        if let Err(error) = answers.and_then(|answer| answer) {
             let _ = child.kill();
             let _ = child.wait();
             return Err(error);
