@@ -13,67 +13,258 @@
 //!     }
 //! }
 //! ```
+//!
+//! Every change is one transaction of the kernel, and each addition carries all it depends on, so
+//! any number of processes may add, remove and clean up at once without a lock between them.
+
+mod family;
+mod message;
+mod ranges;
+mod read;
 
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use crate::Result;
+use self::family::Family;
+use self::message::Messages;
+use crate::netlink::{Protocol, Request, Socket};
 use crate::netns::Netns;
+use crate::{Error, Result};
+
+/// Changes by others between reading and writing make the kernel refuse what was written
+/// (ERESTART). Whoever loses this often does not do so by chance.
+const ATTEMPTS: u32 = 32;
+
+/// The comment of an element, as nft(8) limits it, without its NUL.
+const MAX_OWNER: usize = 127;
 
 /// An address whose traffic to the world is masqueraded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Masqueraded {
     /// The pod's address.
     pub address: IpAddr,
-    /// Whom it was added for, as given to [`MasqueradeTable::add`]; empty when somebody else added it without a comment.
+    /// Whom it was added for, as given to [`MasqueradeTable::add`]; empty when somebody else
+    /// added it without a comment.
     pub owner: String,
 }
 
-/// The table of one name in one network namespace. Nothing is created before [`MasqueradeTable::add`].
+/// The table of one name in one network namespace. Nothing is created before
+/// [`MasqueradeTable::add`].
+///
+/// Errors of its methods: [`Error::Netlink`] when the kernel refuses, [`Error::Syscall`] when it
+/// does not answer, [`Error::Protocol`] when others change the tables without a pause.
 #[derive(Debug)]
-pub struct MasqueradeTable {}
+pub struct MasqueradeTable {
+    socket: Socket,
+    messages: Messages,
+}
 
 impl MasqueradeTable {
-    /// Opens a netlink socket in `netns` for the table `inet <name>` (`kbp`; tests use their own). `Unsupported` when the kernel has no nf_tables.
-    pub fn open(_netns: &Netns, _name: &str) -> Result<Self> {
-        todo!()
+    /// Opens a netlink socket in `netns` for the table `inet <name>` (`kbp`; tests use their own).
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] when the kernel has no nf_tables.
+    pub fn open(netns: &Netns, name: &str) -> Result<Self> {
+        let unsupported = |error: Error| match error.errno() {
+            Some(libc::EPROTONOSUPPORT | libc::EOPNOTSUPP | libc::EINVAL) => Error::Unsupported {
+                feature: "masquerading through nf_tables",
+                reason: format!("{error}; the kernel needs CONFIG_NF_TABLES and nft_masq"),
+            },
+            _ => error,
+        };
+        let socket = netns
+            .run(|| Socket::open(Protocol::Netfilter))?
+            .map_err(unsupported)?;
+        let mut table = Self {
+            socket,
+            messages: Messages::new(name),
+        };
+        table.generation().map_err(unsupported)?;
+        Ok(table)
     }
 
-    /// Masquerades `addresses`, except towards `local` ranges (the node's own pod ranges). Creates table, sets, chain and rules when they
-    /// are missing, all in one transaction, so two callers at once, or one beside a [`MasqueradeTable::delete_if_unused`], cannot end up with half of it.
-    /// Adding again is fine; an address that is there changes its owner. `owner` is 1 to 127 bytes without NUL.
-    pub fn add(&mut self, _owner: &str, _addresses: &[IpAddr], _local: &[IpNet]) -> Result<()> {
-        todo!()
+    /// Masquerades `addresses`, except towards `local` ranges (the node's own pod ranges). Creates
+    /// table, sets, chain and rules when they are missing.
+    ///
+    /// Adding again is fine; an address that is there changes its owner. `owner` is 1 to 127 bytes
+    /// without NUL. A range inside one that is there adds nothing, one around others replaces them.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for an owner that is not as said, and for a range that cannot be a pod
+    /// range.
+    pub fn add(&mut self, owner: &str, addresses: &[IpAddr], local: &[IpNet]) -> Result<()> {
+        if owner.is_empty() || owner.len() > MAX_OWNER || owner.contains('\0') {
+            return Err(Error::Invalid {
+                name: "owner of a masqueraded address",
+                value: owner.to_owned(),
+                expected: format!("1 to {MAX_OWNER} bytes without NUL"),
+            });
+        }
+        if let Some(range) = local
+            .iter()
+            .find(|range| ranges::next(range.broadcast()).is_none())
+        {
+            // Nor does the kernel notice what overlaps an interval without an end.
+            return Err(Error::Invalid {
+                name: "local range",
+                value: range.to_string(),
+                expected: "a range of pod addresses, none of which is the last of all".to_owned(),
+            });
+        }
+        let mut requests = self.messages.structure();
+        for address in addresses {
+            requests.extend(self.messages.replace_pod(*address, owner));
+        }
+        let local = ranges::outermost(local);
+        let ranges = local.iter().map(|range| self.messages.add_range(*range));
+        let simple: Vec<_> = requests.iter().cloned().chain(ranges).collect();
+        match self.transact(None, simple) {
+            // A range in the table overlaps one of ours.
+            Err(error) if error.errno() == Some(libc::EEXIST) => {}
+            result => return result,
+        }
+        self.retry("add ranges", |table, generation| {
+            let present = table.local()?;
+            let mut requests = requests.clone();
+            for range in &local {
+                if present.iter().any(|other| other.contains(range)) {
+                    continue;
+                }
+                let inside = present.iter().filter(|other| range.contains(*other));
+                requests.extend(inside.map(|other| table.messages.delete_range(*other)));
+                requests.push(table.messages.add_range(*range));
+            }
+            table.transact(Some(generation), requests)
+        })
     }
 
-    /// Removes addresses; fine when they, or the table, are not there.
-    pub fn remove(&mut self, _addresses: &[IpAddr]) -> Result<()> {
-        todo!()
+    /// Removes addresses; fine when they, or the table, are not there. Goes on after a failure and
+    /// returns the first.
+    pub fn remove(&mut self, addresses: &[IpAddr]) -> Result<()> {
+        // A transaction each: one address that is not there would undo the others.
+        let mut result = Ok(());
+        for address in addresses {
+            let removed =
+                missing_is_fine(self.transact(None, vec![self.messages.delete_pod(*address)]));
+            result = result.and(removed);
+        }
+        result
     }
 
     /// Every masqueraded address with its owner; empty when there is no table.
     pub fn list(&mut self) -> Result<Vec<Masqueraded>> {
-        todo!()
+        let mut found = Vec::new();
+        for family in Family::ALL {
+            let elements = self.elements(family.pods)?.into_iter();
+            found.extend(elements.map(|e| Masqueraded {
+                address: e.address,
+                owner: e.comment,
+            }));
+        }
+        Ok(found)
     }
 
-    /// Every range towards which nothing is masqueraded.
+    /// Every range towards which nothing is masqueraded; empty when there is no table.
     pub fn local(&mut self) -> Result<Vec<IpNet>> {
-        todo!()
+        let mut found = Vec::new();
+        for family in Family::ALL {
+            found.extend(ranges::from_elements(&self.elements(family.local)?));
+        }
+        Ok(found)
     }
 
     /// Whether chain and rules are in force.
     pub fn is_active(&mut self) -> Result<bool> {
-        todo!()
+        let found = self
+            .socket
+            .dump(self.messages.list_rules(), |_, _| Ok(Some(())));
+        Ok(missing_is_empty(found)?.len() == Family::ALL.len())
     }
 
     /// Deletes the table when no address is left, atomically; whether it did.
     pub fn delete_if_unused(&mut self) -> Result<bool> {
-        todo!()
+        self.retry("delete the unused table", |table, generation| {
+            if !table.list()?.is_empty() {
+                return Ok(false);
+            }
+            let deleted = table.transact(Some(generation), vec![table.messages.delete_table()]);
+            match deleted {
+                Err(error) if error.errno() == Some(libc::ENOENT) => Ok(false),
+                deleted => deleted.map(|()| true),
+            }
+        })
     }
 
     /// Deletes the table with everything in it; fine when it is not there.
     pub fn delete(&mut self) -> Result<()> {
-        todo!()
+        missing_is_fine(self.transact(None, vec![self.messages.delete_table()]))
+    }
+
+    fn elements(&mut self, set: &str) -> Result<Vec<read::Element>> {
+        let request = self.messages.list_elements(set);
+        let found = self
+            .socket
+            .dump(request, |_, payload| Ok(Some(read::elements(payload))));
+        Ok(missing_is_empty(found)?.into_iter().flatten().collect())
+    }
+
+    /// Number of the ruleset that is in force; each transaction makes a new one.
+    fn generation(&mut self) -> Result<u32> {
+        let request = self.messages.get_generation();
+        let what = request.what().to_owned();
+        let found = self
+            .socket
+            .query(request, |_, payload| Ok(read::generation(payload)))?;
+        found.first().copied().ok_or_else(|| Error::Protocol {
+            what,
+            detail: "the answer has no number".to_owned(),
+        })
+    }
+
+    /// Applies `requests` together; only on top of `generation`, where one is given.
+    fn transact(&mut self, generation: Option<u32>, requests: Vec<Request>) -> Result<()> {
+        let begin = self.messages.begin(generation);
+        let end = self.messages.end();
+        let whole: Vec<_> = [begin].into_iter().chain(requests).chain([end]).collect();
+        self.socket.transact(&whole)
+    }
+
+    /// Runs `work`, which reads and then writes on top of what it read, until nobody else wrote in
+    /// between.
+    fn retry<T>(
+        &mut self,
+        what: &str,
+        mut work: impl FnMut(&mut Self, u32) -> Result<T>,
+    ) -> Result<T> {
+        for _ in 0..ATTEMPTS {
+            let generation = self.generation()?;
+            match work(self, generation) {
+                Err(error) if error.errno() == Some(ERESTART) => {}
+                result => return result,
+            }
+        }
+        Err(Error::Protocol {
+            what: format!("{what} of {}", self.messages.table()),
+            detail: format!("others changed the tables {ATTEMPTS} times in a row"),
+        })
+    }
+}
+
+/// "Interrupted system call should be restarted": the kernel's answer to a generation that is
+/// not in force any more.
+const ERESTART: i32 = 85;
+
+fn missing_is_fine(result: Result<()>) -> Result<()> {
+    match result {
+        Err(error) if error.errno() == Some(libc::ENOENT) => Ok(()),
+        result => result,
+    }
+}
+
+fn missing_is_empty<T>(result: Result<Vec<T>>) -> Result<Vec<T>> {
+    match result {
+        Err(error) if error.errno() == Some(libc::ENOENT) => Ok(vec![]),
+        result => result,
     }
 }

@@ -5,6 +5,7 @@ mod addresses;
 mod events;
 mod features;
 mod napi;
+mod nft;
 mod pair;
 mod routes;
 mod veth;
