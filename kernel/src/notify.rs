@@ -222,9 +222,11 @@ impl Listener {
     }
 }
 
+/// ENOENT: the caller was gone when the answer came. ESRCH: a signal took it out of the call while it was to be given a
+/// descriptor (seccomp_do_user_notification, kernel/seccomp.c); it comes back with a new notification.
 fn gone_is_fine<T>(answer: Result<T>) -> Result<()> {
     match answer {
-        Err(error) if error.errno() != Some(libc::ENOENT) => Err(error),
+        Err(error) if !matches!(error.errno(), Some(libc::ENOENT | libc::ESRCH)) => Err(error),
         _ => Ok(()),
     }
 }

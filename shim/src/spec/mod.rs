@@ -47,4 +47,9 @@ pub enum Error {
         "the container already has a seccomp listener ({0}), and the kernel allows one; remove it to have kbp set up the sockets"
     )]
     Conflict(String),
+    /// The runtime could not hand over a listener from inside the container's profile.
+    #[error(
+        "the OCI runtime needs the call {0} to hand over a seccomp listener, and the container's seccomp profile does not allow it plainly; allow it there"
+    )]
+    RuntimeNeeds(&'static str),
 }

@@ -52,6 +52,9 @@ pub struct Listener<'a> {
     pub metadata: &'a str,
     /// Flags (`SECCOMP_FILTER_FLAG_…`) that both the runtime and the kernel know.
     pub flags: &'a [String],
+    /// Calls that the runtime makes under the filter in order to send its descriptor. A profile that does not allow them
+    /// cannot have a listener.
+    pub runtime_needs: &'a [&'static str],
 }
 
 /// What became of the calls that were to be trapped.
@@ -152,6 +155,11 @@ fn merge(
         ));
     }
 
+    for call in listener.runtime_needs {
+        if entries.verdict(call, &default) != Verdict::Allowed {
+            return Err(Error::RuntimeNeeds(call));
+        }
+    }
     let mut merged = Merged::default();
     for call in calls {
         match entries.verdict(call, &default) {

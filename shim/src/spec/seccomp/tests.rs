@@ -8,6 +8,7 @@ fn listener() -> Listener<'static> {
         path: "/run/kbp/notify/x/seccomp.sock",
         metadata: "kbp",
         flags: &[],
+        runtime_needs: &[],
     }
 }
 
@@ -152,6 +153,34 @@ fn somebody_elses_listener_is_a_conflict() {
             .to_string();
         assert!(error.contains(name), "{error}");
     }
+}
+
+#[test]
+fn a_profile_that_locks_the_runtime_out_is_left_alone() {
+    let needy = Listener {
+        runtime_needs: &["wait4"],
+        ..listener()
+    };
+    let allowing = |names: &[&str]| {
+        config(
+            json!({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{"names": names, "action": ALLOW}]}),
+        )
+    };
+    let mut fine = allowing(&["bind", "wait4"]);
+    assert_eq!(
+        trap(&mut fine, &ALL, &needy).expect("merge").trapped,
+        ["bind"]
+    );
+    let mut own = config(json!(null));
+    assert_eq!(trap(&mut own, &ALL, &needy).expect("merge").trapped, ALL);
+
+    let before = allowing(&["bind"]);
+    let mut after = before.clone();
+    let error = trap(&mut after, &ALL, &needy)
+        .expect_err("locked out")
+        .to_string();
+    assert!(error.contains("wait4"), "{error}");
+    assert_eq!(after, before);
 }
 
 #[test]
