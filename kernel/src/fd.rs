@@ -50,8 +50,9 @@ pub fn take_inherited(number: RawFd) -> Result<OwnedFd> {
             "a number above 2: 0 to 2 belong to the standard streams",
         ));
     }
-    // SAFETY: F_GETFD and F_SETFD take no pointer; on a closed number they fail with EBADF.
-    let flags = check(unsafe { libc::fcntl(number, libc::F_GETFD) }, || {
+    // SAFETY: F_GETFD takes no pointer; on a closed number it fails with EBADF.
+    let flags = unsafe { libc::fcntl(number, libc::F_GETFD) };
+    let flags = check(flags, || {
         format!("look at inherited file descriptor {number}")
     })?;
     if flags & libc::FD_CLOEXEC != 0 {
@@ -59,11 +60,11 @@ pub fn take_inherited(number: RawFd) -> Result<OwnedFd> {
             "a descriptor that came over exec, not one opened by this process",
         ));
     }
-    // SAFETY: as above.
-    check(
-        unsafe { libc::fcntl(number, libc::F_SETFD, flags | libc::FD_CLOEXEC) },
-        || format!("mark inherited file descriptor {number} close-on-exec"),
-    )?;
+    // SAFETY: F_SETFD takes no pointer.
+    let answer = unsafe { libc::fcntl(number, libc::F_SETFD, flags | libc::FD_CLOEXEC) };
+    check(answer, || {
+        format!("mark inherited file descriptor {number} close-on-exec")
+    })?;
     // SAFETY: it is open, came over exec (see above), and nobody in this process owns it yet.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }

@@ -9,8 +9,9 @@ use crate::{Error, Result};
 /// The file is that of the thread's namespace; `/proc/net` would be the main thread's.
 const NETSTAT: &str = "/proc/thread-self/net/netstat";
 
-/// Packets that sockets of `netns` received while they were busy-polling
-/// (`TcpExt: BusyPollRxPackets`; UDP counts too, kernel threads do not).
+/// Packets that busy polling took off the devices of `netns`: that of sockets and epoll instances, and that of a
+/// polling ring's thread, wherever its owner lives (`TcpExt: BusyPollRxPackets`; UDP counts too, a NAPI's own
+/// thread does not).
 ///
 /// # Errors
 /// [`Error::File`] when the counters cannot be read, [`Error::Protocol`] when this one is missing.

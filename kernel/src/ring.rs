@@ -55,7 +55,7 @@ impl PollRing {
             .dontfork()
             .setup_sqpoll(lease)
             .setup_sqpoll_cpu(options.cpu.0);
-        let ring = builder
+        let mut ring = builder
             .build(1)
             .map_err(|source| setup_error(options.cpu, source))?;
         let mut napi = Napi::new()
@@ -65,7 +65,7 @@ impl PollRing {
         ring.submitter()
             .register_napi(&mut napi)
             .map_err(register_error)?;
-        let thread_id = started_thread(&ring)?;
+        let thread_id = started_thread(&mut ring)?;
         set_scheduling(thread_id, options.scheduling)?;
         Ok(Self {
             ring: Mutex::new(ring),
@@ -74,32 +74,16 @@ impl PollRing {
     }
 
     /// Adds a NAPI instance; adding it twice is fine. The kernel does not check that there is one with this id, now or later:
-    /// one that has gone is passed over, until it is removed.
+    /// one that has gone is passed over, until it is removed. `Invalid` for a number that can be no NAPI id.
     pub fn add(&mut self, napi: NapiId) -> Result<()> {
-        match self.lock().submitter().register_napi_add_id(napi.0) {
-            Err(source) if source.raw_os_error() == Some(libc::EINVAL) => Err(Error::Invalid {
-                name: "NAPI id",
-                value: napi.to_string(),
-                expected: "an id as napi-get tells it, above the number of possible CPUs"
-                    .to_owned(),
-            }),
-            Err(source) if source.raw_os_error() != Some(libc::EEXIST) => Err(Error::Syscall {
-                what: format!("poll NAPI {napi}"),
-                source,
-            }),
-            _ => Ok(()),
-        }
+        let answer = self.lock().submitter().register_napi_add_id(napi.0);
+        unless(libc::EEXIST, answer, napi, "poll")
     }
 
-    /// Removes a NAPI instance; removing one that is not there is fine.
+    /// Removes a NAPI instance; removing one that is not there is fine. `Invalid` for a number that can be no NAPI id.
     pub fn remove(&mut self, napi: NapiId) -> Result<()> {
-        match self.lock().submitter().register_napi_del_id(napi.0) {
-            Err(source) if source.raw_os_error() != Some(libc::ENOENT) => Err(Error::Syscall {
-                what: format!("stop polling NAPI {napi}"),
-                source,
-            }),
-            _ => Ok(()),
-        }
+        let answer = self.lock().submitter().register_napi_del_id(napi.0);
+        unless(libc::ENOENT, answer, napi, "stop polling")
     }
 
     /// Starts the lease anew and wakes the thread if it sleeps. No system call when it is awake.
@@ -140,6 +124,22 @@ impl fmt::Debug for PollRing {
         f.debug_struct("PollRing")
             .field("thread_id", &self.thread_id)
             .finish_non_exhaustive()
+    }
+}
+
+/// What came of changing the list of instances; `fine` says that it was so already.
+fn unless(fine: i32, answer: std::io::Result<()>, napi: NapiId, what: &str) -> Result<()> {
+    match answer {
+        Err(source) if source.raw_os_error() == Some(fine) => Ok(()),
+        Err(source) if source.raw_os_error() == Some(libc::EINVAL) => Err(Error::Invalid {
+            name: "NAPI id",
+            value: napi.to_string(),
+            expected: "an id as napi-get tells it, above the number of possible CPUs".to_owned(),
+        }),
+        answer => answer.map_err(|source| Error::Syscall {
+            what: format!("{what} NAPI {napi}"),
+            source,
+        }),
     }
 }
 
@@ -223,33 +223,41 @@ fn register_error(source: std::io::Error) -> Error {
 
 /// Thread id of a ring's polling thread, once it has run and gone to sleep. It starts in its maker's class and has nothing
 /// to do, so that takes a few scheduler trips; the bound is for a machine that is drowned in work.
-fn started_thread(ring: &IoUring) -> Result<u32> {
+fn started_thread(ring: &mut IoUring) -> Result<u32> {
     const BOUND: Duration = Duration::from_secs(5);
     let until = Instant::now() + BOUND;
-    let path = format!("/proc/thread-self/fdinfo/{}", ring.as_raw_fd());
     loop {
-        // The line is left out while the ring is locked, and names the maker before the thread has run.
-        let text = read_text(&path)?;
-        let told = text.lines().find_map(|line| line.strip_prefix("SqThread:"));
-        let tid = told.and_then(|value| value.trim().parse::<u32>().ok());
-        let comm = tid.and_then(|tid| read_text(format!("/proc/self/task/{tid}/comm")).ok());
-        match (tid, comm) {
-            (Some(tid), Some(name)) if name.starts_with("iou-sqp-") => return Ok(tid),
-            _ if Instant::now() < until => std::thread::sleep(Duration::from_micros(200)),
-            (Some(tid), None) => {
-                return Err(Error::Unsupported {
+        // Before it has run, fdinfo names its maker.
+        if ring.submission().need_wakeup()
+            && let Some(tid) = told_thread(ring)?
+        {
+            let name = read_text(format!("/proc/self/task/{tid}/comm"));
+            return if name.is_ok_and(|name| name.starts_with("iou-sqp-")) {
+                Ok(tid)
+            } else {
+                // The kernel tells the id as the first pid namespace has it.
+                Err(Error::Unsupported {
                     feature: FEATURE,
                     reason: format!(
-                        "the polling thread has id {tid}, which is not visible here; run in the host's pid namespace"
+                        "the polling thread has id {tid}, which is not visible in this pid namespace; \
+                         run in the host's (hostPID)"
                     ),
-                });
-            }
-            _ => {
-                return Err(Error::Protocol {
-                    what: "find the thread of a polling ring".to_owned(),
-                    detail: format!("it did not start within {} s", BOUND.as_secs()),
-                });
-            }
+                })
+            };
         }
+        if Instant::now() >= until {
+            return Err(Error::Protocol {
+                what: "find the thread of a polling ring".to_owned(),
+                detail: format!("it did not start within {} s", BOUND.as_secs()),
+            });
+        }
+        std::thread::sleep(Duration::from_micros(200));
     }
+}
+
+/// What the ring's fdinfo says its thread is; None while the ring is locked: then the line is left out, or says −1.
+fn told_thread(ring: &IoUring) -> Result<Option<u32>> {
+    let text = read_text(format!("/proc/thread-self/fdinfo/{}", ring.as_raw_fd()))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("SqThread:"));
+    Ok(line.and_then(|value| value.trim().parse().ok()))
 }

@@ -3,8 +3,12 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use kbp_kernel::notify::{Listener, Received, trap_calling_thread};
-use kbp_kernel::{Error, probe};
+use kbp_kernel::probe;
+
+#[path = "support/forbid.rs"]
+mod forbid;
+
+use forbid::with_failing_call;
 
 /// Threads, children and descriptors of this process, by what makes them ours.
 fn traces() -> (usize, usize, usize) {
@@ -70,7 +74,9 @@ fn probes_find_what_this_kernel_has_and_leave_nothing() {
             libc::SYS_seccomp,
         ),
     ] {
-        let error = denied(number, probe).expect_err(name).to_string();
+        let error = with_failing_call(number, libc::EPERM, probe)
+            .expect_err(name)
+            .to_string();
         assert!(error.contains("Operation not permitted"), "{name}: {error}");
     }
 }
@@ -82,31 +88,4 @@ fn filters() -> Option<String> {
         .lines()
         .find(|line| line.starts_with("Seccomp_filters:"))
         .map(str::to_owned)
-}
-
-/// Runs a probe on a thread to which one system call is forbidden.
-fn denied(number: i64, probe: fn() -> kbp_kernel::Result<()>) -> Result<(), Error> {
-    let (sender, receiver) = std::sync::mpsc::channel();
-    let thread = std::thread::spawn(move || {
-        sender
-            .send(trap_calling_thread(&[number]))
-            .expect("send the listener");
-        probe()
-    });
-    let fd = receiver
-        .recv()
-        .expect("a listener or an error")
-        .expect("install a filter");
-    let listener = Listener::new(fd);
-    while !thread.is_finished() {
-        match listener.receive().expect("receive") {
-            Received::Call(call) => {
-                listener
-                    .answer_with_error(call.id, libc::EPERM)
-                    .expect("answer");
-            }
-            Received::Gone | Received::Closed => std::thread::sleep(Duration::from_millis(1)),
-        }
-    }
-    thread.join().expect("no panic when denied")
 }

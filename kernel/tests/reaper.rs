@@ -68,6 +68,7 @@ fn children_and_orphans_are_peeked_at_and_reaped() {
     }
 
     let runs = shell("exec sleep 600");
+    assert_eq!(process::peek_ended().expect("peek"), None, "it still runs");
     let error = process::consume(runs).expect_err("it still runs");
     assert!(matches!(error, Error::NotFound { .. }), "{error}");
     assert!(process::kill(runs, libc::SIGKILL).expect("kill"));

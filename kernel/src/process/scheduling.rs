@@ -1,0 +1,157 @@
+//! Where, in which class and for how long threads run.
+
+use std::path::Path;
+use std::time::Duration;
+
+use super::{raw_tid, stat_fields};
+use crate::sys::{check, read_text};
+use crate::{CpuId, CpuSet, Error, Result};
+
+/// Scheduling class of a thread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scheduling {
+    /// SCHED_OTHER with a nice value, −20 to 19.
+    Other(i32),
+    /// SCHED_IDLE: only cycles nobody else wants.
+    Idle,
+    /// SCHED_FIFO with a priority, 1 to 99.
+    Fifo(u32),
+    /// Anything else, by the kernel's number.
+    Unknown(u32),
+}
+
+/// Scheduling class of thread `tid` (0: the caller).
+pub fn scheduling(tid: u32) -> Result<Scheduling> {
+    let raw = raw_tid(tid)?;
+    let what = || format!("read the scheduling class of thread {tid}");
+    // SAFETY: no pointers.
+    let policy = check(unsafe { libc::sched_getscheduler(raw) }, what)?;
+    match policy & !libc::SCHED_RESET_ON_FORK {
+        libc::SCHED_OTHER => {
+            // The bare system call answers 20 − nice, never negative; the C function's −1 is ambiguous.
+            // SAFETY: no pointers.
+            let answer = unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_PROCESS, raw) };
+            Ok(Scheduling::Other(20 - check(answer, what)? as i32))
+        }
+        libc::SCHED_IDLE => Ok(Scheduling::Idle),
+        libc::SCHED_FIFO => {
+            let mut param = libc::sched_param { sched_priority: 0 };
+            // SAFETY: `param` lives through the call.
+            check(unsafe { libc::sched_getparam(raw, &raw mut param) }, what)?;
+            Ok(Scheduling::Fifo(param.sched_priority as u32))
+        }
+        other => Ok(Scheduling::Unknown(other as u32)),
+    }
+}
+
+/// Sets the scheduling class of thread `tid` (0: the caller). A class above the present one needs CAP_SYS_NICE.
+pub fn set_scheduling(tid: u32, class: Scheduling) -> Result<()> {
+    let raw = raw_tid(tid)?;
+    let what = || format!("set thread {tid} to {class:?}");
+    let (policy, priority) = match class {
+        Scheduling::Other(_) => (libc::SCHED_OTHER, 0),
+        Scheduling::Idle => (libc::SCHED_IDLE, 0),
+        Scheduling::Fifo(priority) => (libc::SCHED_FIFO, priority as i32),
+        Scheduling::Unknown(number) => {
+            return Err(Error::Invalid {
+                name: "scheduling class",
+                value: number.to_string(),
+                expected: "SCHED_OTHER, SCHED_IDLE or SCHED_FIFO".to_owned(),
+            });
+        }
+    };
+    let param = libc::sched_param {
+        sched_priority: priority,
+    };
+    // SAFETY: `param` lives through the call.
+    let answer = unsafe { libc::sched_setscheduler(raw, policy, &raw const param) };
+    check(answer, what)?;
+    if let Scheduling::Other(nice) = class {
+        // SAFETY: no pointers.
+        let answer = unsafe { libc::setpriority(libc::PRIO_PROCESS, raw as libc::id_t, nice) };
+        check(answer, what)?;
+    }
+    Ok(())
+}
+
+/// Words of the kernel's bit set of CPUs; 8192 CPUs are the most that it can be built for.
+const MASK_WORDS: usize = 8192 / usize::BITS as usize;
+
+/// CPUs that thread `tid` may run on (0: the caller).
+pub fn affinity(tid: u32) -> Result<CpuSet> {
+    let mut mask = [0usize; MASK_WORDS];
+    // The bare system call, since the C type ends at 1024 CPUs.
+    // SAFETY: `mask` lives through the call and its size is given.
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_sched_getaffinity,
+            raw_tid(tid)?,
+            size_of_val(&mask),
+            mask.as_mut_ptr(),
+        )
+    };
+    check(answer, || format!("read the CPUs of thread {tid}"))?;
+    Ok(mask
+        .iter()
+        .zip((0u32..).step_by(usize::BITS as usize))
+        .flat_map(|(word, first)| {
+            (0..usize::BITS)
+                .filter(move |bit| word >> bit & 1 == 1)
+                .map(move |bit| CpuId(first + bit))
+        })
+        .collect())
+}
+
+/// Sets the CPUs that thread `tid` may run on (0: the caller).
+pub fn set_affinity(tid: u32, cpus: &CpuSet) -> Result<()> {
+    let mut mask = [0usize; MASK_WORDS];
+    for cpu in cpus.iter() {
+        let word = mask
+            .get_mut((cpu.0 / usize::BITS) as usize)
+            .ok_or_else(|| Error::Invalid {
+                name: "CPU",
+                value: cpu.to_string(),
+                expected: "a number below 8192".to_owned(),
+            })?;
+        *word |= 1 << (cpu.0 % usize::BITS);
+    }
+    // SAFETY: `mask` lives through the call and its size is given.
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_sched_setaffinity,
+            raw_tid(tid)?,
+            size_of_val(&mask),
+            mask.as_ptr(),
+        )
+    };
+    check(answer, || format!("pin thread {tid} to the CPUs {cpus}"))?;
+    Ok(())
+}
+
+/// CPU on which thread `tid` of process `pid` ran last (field 39 of /proc/PID/task/TID/stat).
+pub fn last_cpu(pid: u32, tid: u32) -> Result<CpuId> {
+    let path = format!("/proc/{pid}/task/{tid}/stat");
+    let fields = stat_fields(Path::new(&path))?;
+    fields
+        .get(39 - 3)
+        .and_then(|field| field.parse().ok())
+        .map(CpuId)
+        .ok_or_else(|| Error::Protocol {
+            what: format!("read {path}"),
+            detail: "no number in field 39".to_owned(),
+        })
+}
+
+/// Time that thread `tid` of process `pid` has spent on a CPU (/proc/PID/task/TID/schedstat, to the nanosecond).
+pub fn cpu_time(pid: u32, tid: u32) -> Result<Duration> {
+    let path = format!("/proc/{pid}/task/{tid}/schedstat");
+    let text = read_text(&path)?;
+    text.split_whitespace()
+        .next()
+        .and_then(|field| field.parse().ok())
+        .map(Duration::from_nanos)
+        .ok_or_else(|| Error::Protocol {
+            what: format!("read {path}"),
+            detail: format!("{text:?}"),
+        })
+}
