@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use kbp_poller::error::one_line;
 
 /// sysexits.h EX_USAGE: not to be taken for doctor's 2.
 const USAGE: u8 = 64;
@@ -69,7 +70,7 @@ fn main() -> ExitCode {
             ExitCode::from(status)
         }
         Err(error) => {
-            eprintln!("kbpctl: {error:#}");
+            eprintln!("kbpctl: {}", one_line(error.as_ref()));
             ExitCode::FAILURE
         }
     }

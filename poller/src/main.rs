@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use kbp_kernel::netns::Netns;
 use kbp_poller::attach::{AttachRequest, Attachment, Outcome, attach};
 use kbp_poller::config::Config;
+use kbp_poller::error::one_line;
 use kbp_poller::policy::{Layer, Policy, Profile, WorkerPolicy};
 use kbp_poller::state::{Part, PodState};
 use kbp_poller::window::Window;
@@ -92,7 +93,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("kbp-poller: {error:#}");
+            eprintln!("kbp-poller: {}", one_line(error.as_ref()));
             ExitCode::FAILURE
         }
     }

@@ -60,10 +60,17 @@ impl Tuner {
         })
     }
 
-    /// Sets the offloads of both ends back to what they were.
+    /// Sets the offloads of both ends back to what they were; fine when the veth is gone.
     pub(crate) fn restore(&self, endpoint: &Endpoint, before: Offloads) -> Result<()> {
-        ethtool::set_features(&self.host, &endpoint.host_name, before.host)?;
-        ethtool::set_features(&self.pod, &endpoint.pod_name, before.pod)
+        let host = ethtool::set_features(&self.host, &endpoint.host_name, before.host);
+        let pod = ethtool::set_features(&self.pod, &endpoint.pod_name, before.pod);
+        for outcome in [host, pod] {
+            match outcome {
+                Ok(()) | Err(Error::NotFound { .. }) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
     }
 
     fn both_ends(&self, endpoint: &Endpoint, tuned: &mut Tuned) -> Result<(), String> {

@@ -46,7 +46,7 @@ const PROBES: [Probe; 8] = [
     Probe {
         name: "sqpoll-napi",
         switch: Some(Feature::Sqpoll),
-        needs_root: true,
+        needs_root: false,
         run: probe::sqpoll_napi,
         works: "an io_uring kernel thread can poll NAPI instances",
         otherwise: Verdict::Degraded,

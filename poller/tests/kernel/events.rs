@@ -1,0 +1,138 @@
+//! Links that change under an attachment.
+
+use kbp_kernel::ethtool::{self, Features};
+use kbp_kernel::link::Batch;
+use kbp_poller::attach::Attachment;
+use kbp_poller::state::{self, InterfaceState, Part};
+
+use crate::node::{Node, execute, wait_until};
+
+fn interface(attachment: &Attachment) -> InterfaceState {
+    attachment.state().interfaces.remove(0)
+}
+
+fn flap(node: &Node, host_side: bool) {
+    let (netns, index) = if host_side {
+        (&node.host, node.host_link("vhost0").index)
+    } else {
+        (&node.pod, node.pod_link("eth0").index)
+    };
+    let mut batch = Batch::new();
+    batch.set_down(index).set_up(index);
+    execute(netns, &batch);
+}
+
+#[test]
+fn polling_goes_on_after_a_link_went_down_and_up() {
+    for host_side in [true, false] {
+        let node = Node::new();
+        let attachment = node.attached(node.dedicated("a"));
+        let before = interface(&attachment);
+        flap(&node, host_side);
+        let changed = |now: &InterfaceState| {
+            if host_side {
+                now.host_napi.is_some() && now.host_napi != before.host_napi
+            } else {
+                now.pod_napi.is_some() && now.pod_napi != before.pod_napi
+            }
+        };
+        wait_until("new NAPI ids in the state file", || {
+            let pods = state::read_all(&node.state_dir()).expect("read");
+            changed(&pods[0].interfaces[0]).then_some(())
+        });
+        assert_eq!(attachment.state().degraded, []);
+        let _traffic = node.traffic();
+        node.wait_polled(500);
+    }
+}
+
+#[test]
+fn a_link_that_is_down_is_reported_until_it_is_up_again() {
+    let node = Node::new();
+    let attachment = node.attached(node.dedicated("a"));
+    let index = node.host_link("vhost0").index;
+    let mut batch = Batch::new();
+    batch.set_down(index);
+    execute(&node.host, &batch);
+    let reason = wait_until("the degraded part", || {
+        let degraded = attachment.state().degraded;
+        let found = degraded.into_iter().find(|d| d.part == Part::PollableVeth);
+        found.map(|d| d.reason)
+    });
+    assert!(reason.contains("vhost0 is down"), "{reason}");
+    assert_eq!(interface(&attachment).host_napi, None);
+
+    let mut batch = Batch::new();
+    batch.set_up(index);
+    execute(&node.host, &batch);
+    wait_until("the end of it", || {
+        attachment.state().degraded.is_empty().then_some(())
+    });
+    let _traffic = node.traffic();
+    node.wait_polled(500);
+}
+
+#[test]
+fn offloads_that_somebody_else_changes_are_set_again() {
+    let node = Node::new();
+    let attachment = node.attached(node.dedicated("a"));
+    let wanted = Features {
+        gro: true,
+        tso: false,
+    };
+    for (netns, name) in [(&node.host, "vhost0"), (&node.pod, "eth0")] {
+        let other = Features {
+            gro: false,
+            tso: true,
+        };
+        ethtool::set_features(netns, name, other).expect("change");
+        wait_until("the offloads", || {
+            let now = ethtool::features(netns, name).expect("features");
+            (now == wanted).then_some(())
+        });
+    }
+    wait_until("NAPI ids", || {
+        let now = interface(&attachment);
+        (now.host_napi.is_some() && now.pod_napi.is_some()).then_some(())
+    });
+    let _traffic = node.traffic();
+    node.wait_polled(500);
+}
+
+#[test]
+fn an_interface_that_comes_later_is_polled_too() {
+    let node = Node::new();
+    let attachment = node.attached(node.dedicated("a"));
+    node.add_veth("vhost1", "eth1", 2);
+    wait_until("the second interface", || {
+        let interfaces = attachment.state().interfaces;
+        (interfaces.len() == 2 && interfaces.iter().all(|i| i.host_napi.is_some())).then_some(())
+    });
+    let features = ethtool::features(&node.pod, "eth1").expect("features");
+    assert_eq!(
+        features,
+        Features {
+            gro: true,
+            tso: false
+        }
+    );
+}
+
+#[test]
+fn when_the_veth_is_gone_the_worker_ends() {
+    let node = Node::new();
+    let attachment = node.attached(node.dedicated("a"));
+    let tid = attachment.state().worker.expect("a worker").tid;
+    let mut batch = Batch::new();
+    batch.delete_link(node.host_link("vhost0").index);
+    execute(&node.host, &batch);
+    wait_until("the state", || {
+        let state = attachment.state();
+        (state.worker.is_none() && state.interfaces.is_empty()).then_some(())
+    });
+    wait_until("the thread to end", || {
+        (!crate::node::thread_lives(tid)).then_some(())
+    });
+    attachment.detach().expect("detach");
+    assert_eq!(node.state_files(), Vec::<String>::new());
+}

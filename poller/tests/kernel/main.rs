@@ -1,0 +1,8 @@
+//! Attach and detach on the running kernel: each test on a node of its own, made of two network namespaces. Needs root.
+
+mod attach;
+mod claims;
+mod events;
+mod find;
+mod node;
+mod tool;
