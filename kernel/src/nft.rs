@@ -32,9 +32,8 @@ use crate::netlink::{Protocol, Request, Socket};
 use crate::netns::Netns;
 use crate::{Error, Result};
 
-/// Changes by others between reading and writing make the kernel refuse what was written
-/// (ERESTART). Whoever loses this often does not do so by chance.
-const ATTEMPTS: u32 = 32;
+/// How often a change is tried that others get in the way of.
+const ATTEMPTS: u32 = 8;
 
 /// The comment of an element, as nft(8) limits it, without its NUL.
 const MAX_OWNER: usize = 127;
@@ -53,7 +52,7 @@ pub struct Masqueraded {
 /// [`MasqueradeTable::add`].
 ///
 /// Errors of its methods: [`Error::Netlink`] when the kernel refuses, [`Error::Syscall`] when it
-/// does not answer, [`Error::Protocol`] when others change the tables without a pause.
+/// does not answer.
 #[derive(Debug)]
 pub struct MasqueradeTable {
     socket: Socket,
@@ -112,44 +111,45 @@ impl MasqueradeTable {
                 expected: "a range of pod addresses, none of which is the last of all".to_owned(),
             });
         }
-        let mut requests = self.messages.structure();
-        for address in addresses {
-            requests.extend(self.messages.replace_pod(*address, owner));
-        }
         let local = ranges::outermost(local);
-        let ranges = local.iter().map(|range| self.messages.add_range(*range));
-        let simple: Vec<_> = requests.iter().cloned().chain(ranges).collect();
-        match self.transact(None, simple) {
-            // A range in the table overlaps one of ours.
-            Err(error) if error.errno() == Some(libc::EEXIST) => {}
-            result => return result,
-        }
-        self.retry("add ranges", |table, generation| {
-            let present = table.local()?;
-            let mut requests = requests.clone();
-            for range in &local {
-                if present.iter().any(|other| other.contains(range)) {
-                    continue;
-                }
-                let inside = present.iter().filter(|other| range.contains(*other));
-                requests.extend(inside.map(|other| table.messages.delete_range(*other)));
-                requests.push(table.messages.add_range(*range));
+        retry(&[libc::EEXIST, libc::ENOENT], || {
+            let mut requests = self.messages.structure();
+            for address in addresses {
+                requests.extend(self.messages.replace_pod(*address, owner));
             }
-            table.transact(Some(generation), requests)
+            let present = self.local()?;
+            for range in &local {
+                // The outer one is written again: its table may be about to go.
+                let outer = present
+                    .iter()
+                    .find(|other| other.contains(range))
+                    .unwrap_or(range);
+                let inside = present
+                    .iter()
+                    .filter(|other| outer.contains(*other) && *other != outer);
+                requests.extend(inside.map(|other| self.messages.delete_range(*other)));
+                requests.push(self.messages.add_range(*outer));
+            }
+            self.transact(None, requests)
         })
     }
 
-    /// Removes addresses; fine when they, or the table, are not there. Goes on after a failure and
-    /// returns the first.
+    /// Removes addresses; fine when they, or the table, are not there.
     pub fn remove(&mut self, addresses: &[IpAddr]) -> Result<()> {
-        // A transaction each: one address that is not there would undo the others.
-        let mut result = Ok(());
-        for address in addresses {
-            let removed =
-                missing_is_fine(self.transact(None, vec![self.messages.delete_pod(*address)]));
-            result = result.and(removed);
-        }
-        result
+        // The kernel undoes a whole transaction when one element is not there, and takes
+        // milliseconds to undo one: so only what is there, and nothing when nothing is.
+        retry(&[libc::ENOENT], || {
+            let listed = self.list()?;
+            let present = addresses
+                .iter()
+                .filter(|a| listed.iter().any(|m| m.address == **a));
+            let requests: Vec<_> = present.map(|a| self.messages.delete_pod(*a)).collect();
+            if requests.is_empty() {
+                Ok(())
+            } else {
+                self.transact(None, requests)
+            }
+        })
     }
 
     /// Every masqueraded address with its owner; empty when there is no table.
@@ -182,23 +182,39 @@ impl MasqueradeTable {
         Ok(missing_is_empty(found)?.len() == Family::ALL.len())
     }
 
-    /// Deletes the table when no address is left, atomically; whether it did.
+    /// Deletes the table when no address is left, atomically; whether it did. Leaves it where
+    /// others change the tables without a pause.
     pub fn delete_if_unused(&mut self) -> Result<bool> {
-        self.retry("delete the unused table", |table, generation| {
-            if !table.list()?.is_empty() {
+        let deleted = retry(&[ERESTART], || {
+            let generation = self.generation()?;
+            if !self.exists()? || !self.list()?.is_empty() {
                 return Ok(false);
             }
-            let deleted = table.transact(Some(generation), vec![table.messages.delete_table()]);
-            match deleted {
-                Err(error) if error.errno() == Some(libc::ENOENT) => Ok(false),
-                deleted => deleted.map(|()| true),
+            self.transact(Some(generation), vec![self.messages.delete_table()])
+                .map(|()| true)
+        });
+        match deleted {
+            Err(error) if error.errno() == Some(ERESTART) => {
+                tracing::debug!("{} stays for now: {error}", self.messages.table());
+                Ok(false)
             }
-        })
+            deleted => deleted,
+        }
     }
 
     /// Deletes the table with everything in it; fine when it is not there.
     pub fn delete(&mut self) -> Result<()> {
-        missing_is_fine(self.transact(None, vec![self.messages.delete_table()]))
+        retry(&[libc::ENOENT], || match self.exists()? {
+            true => self.transact(None, vec![self.messages.delete_table()]),
+            false => Ok(()),
+        })
+    }
+
+    fn exists(&mut self) -> Result<bool> {
+        let found = self
+            .socket
+            .query(self.messages.get_table(), |_, _| Ok(Some(())));
+        Ok(!missing_is_empty(found)?.is_empty())
     }
 
     fn elements(&mut self, set: &str) -> Result<Vec<read::Element>> {
@@ -229,36 +245,25 @@ impl MasqueradeTable {
         let whole: Vec<_> = [begin].into_iter().chain(requests).chain([end]).collect();
         self.socket.transact(&whole)
     }
-
-    /// Runs `work`, which reads and then writes on top of what it read, until nobody else wrote in
-    /// between.
-    fn retry<T>(
-        &mut self,
-        what: &str,
-        mut work: impl FnMut(&mut Self, u32) -> Result<T>,
-    ) -> Result<T> {
-        for _ in 0..ATTEMPTS {
-            let generation = self.generation()?;
-            match work(self, generation) {
-                Err(error) if error.errno() == Some(ERESTART) => {}
-                result => return result,
-            }
-        }
-        Err(Error::Protocol {
-            what: format!("{what} of {}", self.messages.table()),
-            detail: format!("others changed the tables {ATTEMPTS} times in a row"),
-        })
-    }
 }
 
 /// "Interrupted system call should be restarted": the kernel's answer to a generation that is
 /// not in force any more.
 const ERESTART: i32 = 85;
 
-fn missing_is_fine(result: Result<()>) -> Result<()> {
-    match result {
-        Err(error) if error.errno() == Some(libc::ENOENT) => Ok(()),
-        result => result,
+/// Runs `work`, which reads and then writes what follows from it, again when it fails with one of
+/// `conflicts`: somebody else wrote in between. Not for ever, for these have other causes too.
+fn retry<T>(conflicts: &[i32], mut work: impl FnMut() -> Result<T>) -> Result<T> {
+    let mut attempts = 1..ATTEMPTS;
+    loop {
+        match work() {
+            Err(error)
+                if error
+                    .errno()
+                    .is_some_and(|errno| conflicts.contains(&errno))
+                    && attempts.next().is_some() => {}
+            result => return result,
+        }
     }
 }
 

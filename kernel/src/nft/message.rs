@@ -205,6 +205,13 @@ impl Messages {
         self.request("delete the table".to_owned(), 0, message)
     }
 
+    /// Asks for the table.
+    pub(super) fn get_table(&self) -> Request {
+        let attributes = vec![TableAttribute::Name(self.name.clone())];
+        let message = NfTablesMessage::GetTable(TableMessage { attributes });
+        Request::new(format!("look up {}", self.table()), &inet(message))
+    }
+
     /// Asks for the elements of a set; to be dumped.
     pub(super) fn list_elements(&self, set: &str) -> Request {
         let message = NfTablesMessage::GetSetElement(self.elements(set, vec![]));
