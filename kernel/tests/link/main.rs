@@ -5,6 +5,7 @@ mod addresses;
 mod events;
 mod features;
 mod napi;
+mod netstat;
 mod nft;
 mod pair;
 mod routes;
