@@ -58,12 +58,10 @@ const EPOLL_WITHOUT_ROOM: u8 = b'e';
 #[test]
 #[ignore = "the child that the other tests start, with a socket as its standard input"]
 fn trapped_child() {
-    let supervisor = OwnedFd::from(
-        std::io::stdin()
-            .as_fd()
-            .try_clone_to_owned()
-            .expect("stdin"),
-    );
+    let supervisor = std::io::stdin()
+        .as_fd()
+        .try_clone_to_owned()
+        .expect("stdin");
     let mut supervisor = UnixStream::from(supervisor);
     let listener = trap_calling_thread(&[libc::SYS_bind, libc::SYS_epoll_create1]).expect("filter");
     fd::send(supervisor.as_fd(), b"l", &[listener.as_fd()]).expect("send the listener");
