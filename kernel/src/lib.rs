@@ -14,7 +14,7 @@ pub mod ethtool;
 pub mod fd;
 pub mod link;
 pub mod napi;
-pub mod netlink;
+mod netlink;
 pub mod netns;
 pub mod netstat;
 pub mod nft;

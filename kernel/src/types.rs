@@ -55,7 +55,8 @@ impl FromStr for MacAddr {
         let invalid = || Error::Invalid {
             name: "MAC address",
             value: text.to_owned(),
-            expected: "six hexadecimal bytes separated by colons, e.g. 02:00:5e:10:00:01".to_owned(),
+            expected: "six hexadecimal bytes separated by colons, e.g. 02:00:5e:10:00:01"
+                .to_owned(),
         };
         let mut bytes = [0u8; 6];
         let mut parts = text.split(':');
@@ -63,7 +64,11 @@ impl FromStr for MacAddr {
             let part = parts.next().filter(|p| p.len() == 2).ok_or_else(invalid)?;
             *byte = u8::from_str_radix(part, 16).map_err(|_| invalid())?;
         }
-        if parts.next().is_some() { Err(invalid()) } else { Ok(Self(bytes)) }
+        if parts.next().is_some() {
+            Err(invalid())
+        } else {
+            Ok(Self(bytes))
+        }
     }
 }
 
@@ -122,10 +127,18 @@ impl FromStr for CpuSet {
         // The kernel's own limit for NR_CPUS; keeps `0-4000000000` from eating the memory.
         const MAX_CPU: u32 = 8192;
         let number = |t: &str| {
-            t.trim().parse::<u32>().ok().filter(|n| *n < MAX_CPU).ok_or_else(invalid)
+            t.trim()
+                .parse::<u32>()
+                .ok()
+                .filter(|n| *n < MAX_CPU)
+                .ok_or_else(invalid)
         };
         let mut cpus = BTreeSet::new();
-        for part in text.trim().split(',').filter(|p| !text.trim().is_empty() || !p.is_empty()) {
+        for part in text
+            .trim()
+            .split(',')
+            .filter(|p| !text.trim().is_empty() || !p.is_empty())
+        {
             let (first, last) = match part.split_once('-') {
                 Some((a, b)) => (number(a)?, number(b)?),
                 None => (number(part)?, number(part)?),
@@ -177,7 +190,13 @@ mod tests {
     fn mac_addresses_read_and_write() {
         let mac: MacAddr = "02:00:5e:10:00:ff".parse().expect("valid");
         assert_eq!(mac.to_string(), "02:00:5e:10:00:ff");
-        for text in ["", "02:00:5e:10:00", "02:00:5e:10:00:01:02", "2:0:5e:10:0:1", "02:00:5e:10:00:0g"] {
+        for text in [
+            "",
+            "02:00:5e:10:00",
+            "02:00:5e:10:00:01:02",
+            "2:0:5e:10:0:1",
+            "02:00:5e:10:00:0g",
+        ] {
             assert!(text.parse::<MacAddr>().is_err(), "{text}");
         }
     }
