@@ -7,6 +7,9 @@ use crate::netlink::{Protocol, Subscription};
 use crate::netns::Netns;
 use crate::{IfIndex, Result};
 
+/// Offset of `ifi_index` in a message: behind the netlink header and four bytes of ifinfomsg.
+const IFI_INDEX: u32 = 20;
+
 /// Something happened to a link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum LinkEvent {
@@ -34,6 +37,16 @@ impl LinkEvents {
         let subscription = netns
             .run(|| Subscription::open(Protocol::Route, libc::RTNLGRP_LINK, "watch links"))??;
         Ok(Self { subscription })
+    }
+
+    /// From now on only events about `links`: what happens to the other links of a busy node does
+    /// not even wake the reader. Replaces what was set before; events that are already there stay.
+    ///
+    /// # Errors
+    /// [`crate::Error::Syscall`] when the kernel refuses, e.g. more than about 2000 links.
+    pub fn watch_only(&mut self, links: &[IfIndex]) -> Result<()> {
+        self.subscription
+            .filter(IFI_INDEX, links.iter().map(|link| link.0))
     }
 
     /// Every event that is there now, in order; empty when there is none. Where some were

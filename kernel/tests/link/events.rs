@@ -6,10 +6,10 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use kbp_kernel::IfIndex;
-use kbp_kernel::link::{LinkEvent, LinkEvents};
+use kbp_kernel::link::{LinkEvent, LinkEvents, VethPair};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::pair::Pair;
+use crate::pair::{Pair, veth};
 
 /// Events until `done`, at most five seconds.
 fn wait_for(events: &mut LinkEvents, done: impl Fn(&HashSet<LinkEvent>) -> bool) {
@@ -115,4 +115,53 @@ fn what_the_socket_could_not_hold_is_told() {
     wait_for(&mut events, |seen| {
         seen.contains(&LinkEvent::Changed(index))
     });
+}
+
+#[test]
+fn only_the_links_asked_for_are_announced() {
+    let mut pair = Pair::new();
+    let pod = pair.pod.try_clone().expect("clone");
+    pair.on_host(|batch| {
+        batch.create_veth(&VethPair {
+            pod_name: "eth1",
+            ..veth("one", &pod)
+        });
+        batch.create_veth(&VethPair {
+            pod_name: "eth2",
+            ..veth("two", &pod)
+        });
+    })
+    .expect("more links");
+    let mut index = |name| {
+        pair.host_socket
+            .link_by_name(name)
+            .expect("ask")
+            .expect(name)
+            .index
+    };
+    let (one, two, other) = (index("one"), index("two"), pair.host_link.index);
+    let mut events = LinkEvents::subscribe(&pair.host).expect("subscribe");
+    events.watch_only(&[one, two]).expect("filter");
+    pair.on_host(|batch| {
+        batch
+            .set_alias(other, "not ours")
+            .set_alias(one, "first")
+            .set_alias(two, "second");
+    })
+    .expect("change");
+    assert_eq!(
+        events.read().expect("read"),
+        [LinkEvent::Changed(one), LinkEvent::Changed(two)]
+    );
+
+    // Another choice replaces the first.
+    events.watch_only(&[other]).expect("filter");
+    pair.on_host(|batch| {
+        batch
+            .delete_link(one)
+            .set_alias(other, "ours now")
+            .set_alias(two, "not now");
+    })
+    .expect("change");
+    assert_eq!(events.read().expect("read"), [LinkEvent::Changed(other)]);
 }
