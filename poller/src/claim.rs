@@ -8,6 +8,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use kbp_kernel::cpu::Topology;
 use kbp_kernel::{CpuId, CpuSet};
@@ -17,6 +18,11 @@ use nix::fcntl::{Flock, FlockArg};
 use crate::policy::WorkerPolicy;
 use crate::state::{self, PodState};
 use crate::{Error, Result};
+
+/// Who releases a claim holds its file alone for a moment, and a child that was forked just then holds it until it has
+/// become its own program: so a refusal counts only when it is still one a moment later.
+const ATTEMPTS: u32 = 3;
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// A CPU of the pool that is held until this is dropped.
 #[derive(Debug)]
@@ -167,9 +173,14 @@ fn claim<K: Ord>(
         .filter(|c| site.usable.contains(*c))
         .collect();
     candidates.sort_by_key(|c| rank(*c));
-    for cpu in candidates {
-        if let Some(claim) = take(&dir, cpu, how)? {
-            return Ok(claim);
+    for attempt in 0..ATTEMPTS {
+        if attempt > 0 {
+            std::thread::sleep(PAUSE);
+        }
+        for cpu in &candidates {
+            if let Some(claim) = take(&dir, *cpu, how)? {
+                return Ok(claim);
+            }
         }
     }
     Err(Error::NoFreeCpu {
