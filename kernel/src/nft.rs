@@ -32,8 +32,13 @@ use crate::netlink::{Protocol, Request, Socket};
 use crate::netns::Netns;
 use crate::{Error, Result};
 
-/// How often a change is tried that others get in the way of.
+/// How often a change is tried that others get in the way of, where the kernel finds that out half
+/// way and takes milliseconds to undo it.
 const ATTEMPTS: u32 = 8;
+
+/// The same where it is found out before anything is done: each attempt costs less than 0.1 ms, and
+/// every failed one is another's success.
+const CHEAP_ATTEMPTS: u32 = 256;
 
 /// The comment of an element, as nft(8) limits it, without its NUL.
 const MAX_OWNER: usize = 127;
@@ -112,7 +117,7 @@ impl MasqueradeTable {
             });
         }
         let local = ranges::outermost(local);
-        retry(&[libc::EEXIST, libc::ENOENT], || {
+        retry(&[libc::EEXIST, libc::ENOENT], ATTEMPTS, || {
             let mut requests = self.messages.structure();
             for address in addresses {
                 requests.extend(self.messages.replace_pod(*address, owner));
@@ -134,21 +139,30 @@ impl MasqueradeTable {
         })
     }
 
-    /// Removes addresses; fine when they, or the table, are not there.
+    /// Removes addresses, whoever owns them; fine when they, or the table, are not there.
     pub fn remove(&mut self, addresses: &[IpAddr]) -> Result<()> {
-        // The kernel undoes a whole transaction when one element is not there, and takes
-        // milliseconds to undo one: so only what is there, and nothing when nothing is.
-        retry(&[libc::ENOENT], || {
-            let listed = self.list()?;
-            let present = addresses
-                .iter()
-                .filter(|a| listed.iter().any(|m| m.address == **a));
-            let requests: Vec<_> = present.map(|a| self.messages.delete_pod(*a)).collect();
-            if requests.is_empty() {
-                Ok(())
-            } else {
-                self.transact(None, requests)
+        self.remove_where(|entry| addresses.contains(&entry.address))
+            .map(|_| ())
+    }
+
+    /// Removes every address whose owner `is_gone`, and returns how many there were. One that
+    /// somebody else adds for another owner meanwhile stays.
+    pub fn remove_owned(&mut self, is_gone: impl Fn(&str) -> bool) -> Result<usize> {
+        self.remove_where(|entry| is_gone(&entry.owner))
+    }
+
+    fn remove_where(&mut self, unwanted: impl Fn(&Masqueraded) -> bool) -> Result<usize> {
+        retry(&[ERESTART], CHEAP_ATTEMPTS, || {
+            let generation = self.generation()?;
+            let unwanted = self.list()?.into_iter().filter(&unwanted);
+            let requests: Vec<_> = unwanted
+                .map(|entry| self.messages.delete_pod(entry.address))
+                .collect();
+            let count = requests.len();
+            if count > 0 {
+                self.transact(Some(generation), requests)?;
             }
+            Ok(count)
         })
     }
 
@@ -185,7 +199,7 @@ impl MasqueradeTable {
     /// Deletes the table when no address is left, atomically; whether it did. Leaves it where
     /// others change the tables without a pause.
     pub fn delete_if_unused(&mut self) -> Result<bool> {
-        let deleted = retry(&[ERESTART], || {
+        let deleted = retry(&[ERESTART], CHEAP_ATTEMPTS, || {
             let generation = self.generation()?;
             if !self.exists()? || !self.list()?.is_empty() {
                 return Ok(false);
@@ -204,7 +218,7 @@ impl MasqueradeTable {
 
     /// Deletes the table with everything in it; fine when it is not there.
     pub fn delete(&mut self) -> Result<()> {
-        retry(&[libc::ENOENT], || match self.exists()? {
+        retry(&[libc::ENOENT], ATTEMPTS, || match self.exists()? {
             true => self.transact(None, vec![self.messages.delete_table()]),
             false => Ok(()),
         })
@@ -253,8 +267,8 @@ const ERESTART: i32 = 85;
 
 /// Runs `work`, which reads and then writes what follows from it, again when it fails with one of
 /// `conflicts`: somebody else wrote in between. Not for ever, for these have other causes too.
-fn retry<T>(conflicts: &[i32], mut work: impl FnMut() -> Result<T>) -> Result<T> {
-    let mut attempts = 1..ATTEMPTS;
+fn retry<T>(conflicts: &[i32], attempts: u32, mut work: impl FnMut() -> Result<T>) -> Result<T> {
+    let mut attempts = 1..attempts;
     loop {
         match work() {
             Err(error)

@@ -137,6 +137,30 @@ fn elements_are_added_listed_and_removed() {
 }
 
 #[test]
+fn what_a_gone_owner_left_is_removed() {
+    let (_netns, mut table) = table();
+    assert_eq!(table.remove_owned(|_| true).expect("no table"), 0);
+    table
+        .add("net/a", &[ip("10.88.0.2"), ip("fd00::2")], &[])
+        .expect("add");
+    table.add("net/b", &[ip("10.88.0.3")], &[]).expect("add");
+    assert_eq!(
+        table
+            .remove_owned(|owner| owner == "net/a")
+            .expect("remove"),
+        2
+    );
+    assert_eq!(
+        table.list().expect("list"),
+        [masqueraded("10.88.0.3", "net/b")]
+    );
+    assert_eq!(
+        table.remove_owned(|owner| owner == "net/a").expect("again"),
+        0
+    );
+}
+
+#[test]
 fn adding_again_changes_the_owner_and_nothing_else() {
     let (netns, mut table) = table();
     table
@@ -289,7 +313,7 @@ fn many_processes_at_once_lose_nothing() {
     let (netns, mut table) = table();
     let address = |thread: u8, pod: u8| IpAddr::from([10, 88, thread, pod]);
     std::thread::scope(|scope| {
-        for thread in 0..4u8 {
+        for thread in 0..8u8 {
             let netns = &netns;
             scope.spawn(move || {
                 let mut table = MasqueradeTable::open(netns, TABLE).expect("open");
@@ -315,7 +339,7 @@ fn many_processes_at_once_lose_nothing() {
         .map(|m| m.address)
         .collect();
     left.sort();
-    let expected: Vec<_> = (0..4)
+    let expected: Vec<_> = (0..8)
         .flat_map(|t| (1..=25).step_by(2).map(move |p| address(t, p)))
         .collect();
     assert_eq!(left, expected);
