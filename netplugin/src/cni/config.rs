@@ -1,0 +1,680 @@
+//! The network config: what kbp reads of it, checked, and the whole of it untouched for IPAM.
+//!
+//! Unknown keys are nobody's mistake: another plugin or a newer kbp may want them.
+
+use std::io::Read;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use kbp_kernel::{MacAddr, Mtu};
+use serde_json::{Map, Value, json};
+
+use super::env::{Call, IDENTIFIER, Verb, is_identifier};
+use super::error::{CniError, Code, Result};
+use super::version::Version;
+use crate::attachment::MAX_NETWORK;
+
+/// Packets that a qdisc holds and the transmit queue length of both ends, unless the config says otherwise.
+const DEFAULT_TX_QUEUE_LEN: u32 = 1000;
+const MAX_TX_QUEUE_LEN: u32 = 1_000_000;
+/// Long enough for a DHCP exchange with retries, short enough for the runtime's own limit of minutes.
+const DEFAULT_IPAM_TIMEOUT_SECONDS: u64 = 60;
+const MAX_IPAM_TIMEOUT_SECONDS: u64 = 600;
+
+/// A network config.
+#[derive(Debug)]
+pub(crate) struct Config {
+    /// As it came on stdin.
+    pub(crate) raw: Vec<u8>,
+    /// The same, decoded.
+    pub(crate) json: Map<String, Value>,
+    /// Its version, which is also the result's.
+    pub(crate) version: Version,
+    /// Name of the network.
+    pub(crate) name: String,
+}
+
+/// What TCP segmentation offload is set to: with it, TCP bypasses the NAPI instance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Profile {
+    /// TSO off: every packet can be polled.
+    Latency,
+    /// TSO on: TCP is fast in bulk and not polled.
+    Throughput,
+}
+
+/// What the config says about an attachment in mode `routed`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Options {
+    /// Largest packet that leaves the node; None: as the uplink.
+    pub(crate) mtu: Option<Mtu>,
+    /// Whether traffic that leaves the node's pod ranges gets an address of the node.
+    pub(crate) ip_masq: bool,
+    /// MAC of the pod end; None: derived.
+    pub(crate) mac: Option<MacAddr>,
+    /// See [`Profile`].
+    pub(crate) profile: Profile,
+    /// Packets.
+    pub(crate) tx_queue_len: u32,
+    /// Whether the pod gets a default route even when IPAM gives none.
+    pub(crate) is_default_gateway: bool,
+}
+
+impl Config {
+    /// Reads stdin. `version` becomes the config's as soon as that is known.
+    pub(crate) fn from_stdin(version: &mut Version) -> Result<Self> {
+        let mut raw = Vec::new();
+        std::io::stdin()
+            .lock()
+            .read_to_end(&mut raw)
+            .map_err(|error| {
+                CniError::new(
+                    Code::IO,
+                    format!("read the network config from stdin: {error}"),
+                )
+            })?;
+        Self::parse(raw, version)
+    }
+
+    fn parse(raw: Vec<u8>, version: &mut Version) -> Result<Self> {
+        let decode = |msg| CniError::new(Code::DECODE, msg);
+        let json: Value = serde_json::from_slice(&raw)
+            .map_err(|error| decode(format!("the network config on stdin is not JSON: {error}")))?;
+        let Value::Object(json) = json else {
+            return Err(decode(format!(
+                "the network config on stdin is not a JSON object but {json}"
+            )));
+        };
+        *version = Version::of_config(string(&json, "cniVersion", "a version as a string")?)?;
+        let name = string(&json, "name", IDENTIFIER)?
+            .unwrap_or_default()
+            .to_owned();
+        if !is_identifier(&name) {
+            return Err(CniError::config("name", &json!(name), IDENTIFIER));
+        }
+        if name.len() > MAX_NETWORK {
+            return Err(CniError::config(
+                "name",
+                &json!(name),
+                &format!("at most {MAX_NETWORK} bytes"),
+            ));
+        }
+        Ok(Self {
+            raw,
+            json,
+            version: *version,
+            name,
+        })
+    }
+
+    /// Refuses a verb that the config's version does not have.
+    pub(crate) fn require_verb(&self, verb: Verb) -> Result<()> {
+        let since = match verb {
+            Verb::Check => Version::V0_4_0,
+            Verb::Gc | Verb::Status => Version::V1_1_0,
+            Verb::Add | Verb::Del | Verb::Version => Version::V0_3_1,
+        };
+        if self.version >= since {
+            return Ok(());
+        }
+        Err(CniError::new(
+            Code::VERSION,
+            format!(
+                "cniVersion {:?} has no {}; it needs {} or later",
+                self.version.as_str(),
+                verb.as_str(),
+                since.as_str()
+            ),
+        ))
+    }
+
+    /// What the config and the call say about the attachment.
+    pub(crate) fn options(&self, call: &Call) -> Result<Options> {
+        match string(&self.json, "mode", "\"routed\"")? {
+            None | Some("routed") => {}
+            Some(other) => {
+                return Err(CniError::new(
+                    Code::UNSUPPORTED,
+                    format!("mode: {other:?} is not supported; allowed: \"routed\""),
+                ));
+            }
+        }
+        let mtu = number(
+            &self.json,
+            "mtu",
+            0,
+            65535,
+            "0 (as the uplink) or 68 to 65535",
+        )?
+        .unwrap_or(0);
+        if (1..68).contains(&mtu) {
+            return Err(CniError::config(
+                "mtu",
+                &json!(mtu),
+                "0 (as the uplink) or 68 to 65535",
+            ));
+        }
+        let profile = match string(&self.json, "profile", PROFILES)? {
+            None | Some("latency") => Profile::Latency,
+            Some("throughput") => Profile::Throughput,
+            Some(other) => return Err(CniError::config("profile", &json!(other), PROFILES)),
+        };
+        let range = format!("1 to {MAX_TX_QUEUE_LEN}");
+        let tx_queue_len = number(&self.json, "txQueueLen", 1, MAX_TX_QUEUE_LEN.into(), &range)?;
+        Ok(Options {
+            mtu: u32::try_from(mtu).ok().filter(|mtu| *mtu > 0).map(Mtu),
+            ip_masq: boolean(&self.json, "ipMasq")?,
+            mac: self.mac(call)?,
+            profile,
+            tx_queue_len: tx_queue_len
+                .and_then(|n| u32::try_from(n).ok())
+                .unwrap_or(DEFAULT_TX_QUEUE_LEN),
+            is_default_gateway: boolean(&self.json, "isDefaultGateway")?,
+        })
+    }
+
+    /// The pod's MAC: what the runtime asks for this container goes before what the config says for all.
+    fn mac(&self, call: &Call) -> Result<Option<MacAddr>> {
+        let runtime = object(&self.json, "runtimeConfig", "runtimeConfig")?;
+        let args = match object(&self.json, "args", "args")? {
+            Some(args) => object(args, "cni", "args.cni")?,
+            None => None,
+        };
+        let of =
+            |map: Option<&Map<String, Value>>, key: &str| -> Result<Option<(String, String)>> {
+                let Some(value) = map
+                    .and_then(|map| map.get("mac"))
+                    .filter(|value| !value.is_null())
+                else {
+                    return Ok(None);
+                };
+                let text = value
+                    .as_str()
+                    .ok_or_else(|| CniError::config(key, value, MACS))?;
+                Ok((!text.is_empty()).then(|| (key.to_owned(), text.to_owned())))
+            };
+        let found = match of(runtime, "runtimeConfig.mac")? {
+            Some(found) => Some(found),
+            None => match of(args, "args.cni.mac")? {
+                Some(found) => Some(found),
+                None => match call.arg("MAC").filter(|mac| !mac.is_empty()) {
+                    Some(mac) => Some(("MAC of CNI_ARGS".to_owned(), mac.to_owned())),
+                    None => of(Some(&self.json), "mac")?,
+                },
+            },
+        };
+        let Some((key, text)) = found else {
+            return Ok(None);
+        };
+        text.to_ascii_lowercase()
+            .parse::<MacAddr>()
+            .ok()
+            .filter(|mac| mac.0[0] & 1 == 0 && *mac != MacAddr([0; 6]))
+            .map(Some)
+            .ok_or_else(|| CniError::config(&key, &json!(text), MACS))
+    }
+
+    /// Name of the IPAM plugin's binary.
+    pub(crate) fn ipam_type(&self) -> Result<&str> {
+        const ALLOWED: &str = "the name of an IPAM plugin in CNI_PATH, e.g. \"host-local\"";
+        let refuse = |key: &str, value: &Value| CniError::config(key, value, ALLOWED);
+        let ipam = object(&self.json, "ipam", "ipam")?.ok_or_else(|| {
+            CniError::new(
+                Code::CONFIG,
+                format!("ipam is missing; it needs \"type\": {ALLOWED}"),
+            )
+        })?;
+        match ipam.get("type") {
+            // A path separator would make it a program from anywhere.
+            Some(Value::String(name))
+                if !name.is_empty() && !name.contains('/') && name != "." && name != ".." =>
+            {
+                Ok(name)
+            }
+            Some(other) => Err(refuse("ipam.type", other)),
+            None => Err(refuse("ipam.type", &Value::Null)),
+        }
+    }
+
+    /// How long the IPAM plugin may take for one verb.
+    pub(crate) fn ipam_timeout(&self) -> Result<Duration> {
+        let range = format!("1 to {MAX_IPAM_TIMEOUT_SECONDS} seconds");
+        let seconds = number(
+            &self.json,
+            "ipamTimeout",
+            1,
+            MAX_IPAM_TIMEOUT_SECONDS,
+            &range,
+        )?;
+        Ok(Duration::from_secs(
+            seconds.unwrap_or(DEFAULT_IPAM_TIMEOUT_SECONDS),
+        ))
+    }
+
+    /// Ranges that the IPAM section names, as far as they can be read: it is the IPAM plugin's to judge them.
+    pub(crate) fn ipam_ranges(&self) -> Vec<IpNet> {
+        let Some(Value::Object(ipam)) = self.json.get("ipam") else {
+            return Vec::new();
+        };
+        let sets = ipam.get("ranges").and_then(Value::as_array);
+        let of_sets = sets
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_array)
+            .flatten();
+        of_sets
+            .filter_map(|range| range.get("subnet"))
+            .chain(ipam.get("subnet"))
+            .filter_map(|subnet| subnet.as_str()?.parse::<IpNet>().ok())
+            .map(|subnet| subnet.trunc())
+            .collect()
+    }
+
+    /// The result of ADD, or of the plugin before in the chain.
+    pub(crate) fn prev_result(&self) -> Result<Option<&Map<String, Value>>> {
+        object(&self.json, "prevResult", "prevResult")
+    }
+
+    /// The DNS settings that go before IPAM's: the runtime's for this container, else the config's for all.
+    pub(crate) fn dns(&self) -> Result<Option<Map<String, Value>>> {
+        if let Some(runtime) = object(&self.json, "runtimeConfig", "runtimeConfig")?
+            && let Some(dns) = object(runtime, "dns", "runtimeConfig.dns")?
+        {
+            // The capability names them otherwise than the result (CONVENTIONS.md of the specification).
+            let names = [
+                ("servers", "nameservers"),
+                ("searches", "search"),
+                ("options", "options"),
+            ];
+            let dns: Map<_, _> = names
+                .into_iter()
+                .filter_map(|(from, to)| Some((to.to_owned(), dns.get(from)?.clone())))
+                .filter(|(_, value)| !is_empty(value))
+                .collect();
+            if !dns.is_empty() {
+                return Ok(Some(dns));
+            }
+        }
+        let mut dns = object(&self.json, "dns", "dns")?
+            .cloned()
+            .unwrap_or_default();
+        dns.retain(|_, value| !is_empty(value));
+        Ok((!dns.is_empty()).then_some(dns))
+    }
+
+    /// The attachments that GC has to keep, as container id and interface name. None: GC has nothing to go by.
+    pub(crate) fn valid_attachments(&self) -> Result<Option<Vec<(String, String)>>> {
+        const KEY: &str = "cni.dev/valid-attachments";
+        const ALLOWED: &str = "a list of {\"containerID\": \"…\", \"ifname\": \"…\"}";
+        let Some(value) = self.json.get(KEY).filter(|value| !value.is_null()) else {
+            return Ok(None);
+        };
+        let refuse = || CniError::config(KEY, value, ALLOWED);
+        let list = value.as_array().ok_or_else(refuse)?;
+        list.iter()
+            .map(|entry| {
+                let text = |key| entry.get(key)?.as_str().map(str::to_owned);
+                text("containerID").zip(text("ifname")).ok_or_else(refuse)
+            })
+            .collect::<Result<_>>()
+            .map(Some)
+    }
+}
+
+const PROFILES: &str = "\"latency\", \"throughput\"";
+const MACS: &str = "a unicast address of six hexadecimal bytes, e.g. \"02:00:5e:10:00:01\"";
+
+/// Whether an optional value of a result says nothing.
+pub(crate) fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::String(text) => text.is_empty(),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        Value::Bool(_) | Value::Number(_) => false,
+    }
+}
+
+/// A value that is there; null is not.
+fn present<'a>(map: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
+    map.get(key).filter(|value| !value.is_null())
+}
+
+fn string<'a>(map: &'a Map<String, Value>, key: &str, allowed: &str) -> Result<Option<&'a str>> {
+    present(map, key)
+        .map(|value| {
+            value
+                .as_str()
+                .ok_or_else(|| CniError::config(key, value, allowed))
+        })
+        .transpose()
+}
+
+fn boolean(map: &Map<String, Value>, key: &str) -> Result<bool> {
+    present(map, key)
+        .map(|value| {
+            value
+                .as_bool()
+                .ok_or_else(|| CniError::config(key, value, "true, false"))
+        })
+        .transpose()
+        .map(Option::unwrap_or_default)
+}
+
+fn number(
+    map: &Map<String, Value>,
+    key: &str,
+    min: u64,
+    max: u64,
+    allowed: &str,
+) -> Result<Option<u64>> {
+    present(map, key)
+        .map(|value| {
+            value
+                .as_u64()
+                .filter(|number| (min..=max).contains(number))
+                .ok_or_else(|| CniError::config(key, value, allowed))
+        })
+        .transpose()
+}
+
+fn object<'a>(
+    map: &'a Map<String, Value>,
+    key: &str,
+    path: &str,
+) -> Result<Option<&'a Map<String, Value>>> {
+    present(map, key)
+        .map(|value| {
+            value
+                .as_object()
+                .ok_or_else(|| CniError::config(path, value, "a JSON object"))
+        })
+        .transpose()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(json: &Value) -> Result<Config> {
+        Config::parse(json.to_string().into_bytes(), &mut Version::NEWEST.clone())
+    }
+
+    fn config(more: Value) -> Config {
+        let mut json = json!({ "cniVersion": "1.0.0", "name": "net", "type": "kbp", "ipam": { "type": "host-local" } });
+        let (Some(json_map), Value::Object(more)) = (json.as_object_mut(), more) else {
+            unreachable!("objects")
+        };
+        json_map.extend(more);
+        parse(&json).expect("valid")
+    }
+
+    fn call(args: &str) -> Call {
+        Call::for_test(args)
+    }
+
+    #[test]
+    fn the_smallest_config_has_the_documented_defaults() {
+        let config = config(json!({}));
+        assert_eq!(
+            config.options(&call("")).expect("valid"),
+            Options {
+                mtu: None,
+                ip_masq: false,
+                mac: None,
+                profile: Profile::Latency,
+                tx_queue_len: 1000,
+                is_default_gateway: false,
+            },
+        );
+        assert_eq!(config.ipam_type().expect("valid"), "host-local");
+        assert_eq!(
+            config.ipam_timeout().expect("valid"),
+            Duration::from_secs(60)
+        );
+        assert!(config.prev_result().expect("valid").is_none());
+        assert!(config.dns().expect("valid").is_none());
+        assert!(config.valid_attachments().expect("valid").is_none());
+    }
+
+    #[test]
+    fn nulls_and_unknown_keys_are_ignored() {
+        let config = config(
+            json!({ "mtu": null, "mode": null, "dns": null, "prevResult": null, "hairpin": [1], "x": {} }),
+        );
+        config.options(&call("")).expect("valid");
+        assert!(config.prev_result().expect("valid").is_none());
+    }
+
+    #[test]
+    fn malformed_values_are_refused_by_key_value_and_what_is_allowed() {
+        for (more, code, parts) in [
+            (
+                json!({ "mode": "bridge" }),
+                Code::UNSUPPORTED,
+                ["mode", "\"bridge\"", "\"routed\""],
+            ),
+            (
+                json!({ "mode": 1 }),
+                Code::CONFIG,
+                ["mode", "1", "\"routed\""],
+            ),
+            (
+                json!({ "mtu": 67 }),
+                Code::CONFIG,
+                ["mtu", "67", "68 to 65535"],
+            ),
+            (
+                json!({ "mtu": 65536 }),
+                Code::CONFIG,
+                ["mtu", "65536", "68 to 65535"],
+            ),
+            (
+                json!({ "mtu": -1 }),
+                Code::CONFIG,
+                ["mtu", "-1", "68 to 65535"],
+            ),
+            (
+                json!({ "mtu": 1500.5 }),
+                Code::CONFIG,
+                ["mtu", "1500.5", "68 to 65535"],
+            ),
+            (
+                json!({ "mtu": "1500" }),
+                Code::CONFIG,
+                ["mtu", "\"1500\"", "68 to 65535"],
+            ),
+            (
+                json!({ "ipMasq": "yes" }),
+                Code::CONFIG,
+                ["ipMasq", "\"yes\"", "true, false"],
+            ),
+            (
+                json!({ "isDefaultGateway": 1 }),
+                Code::CONFIG,
+                ["isDefaultGateway", "1", "true, false"],
+            ),
+            (
+                json!({ "profile": "fast" }),
+                Code::CONFIG,
+                ["profile", "\"fast\"", "throughput"],
+            ),
+            (
+                json!({ "txQueueLen": 0 }),
+                Code::CONFIG,
+                ["txQueueLen", "0", "1 to"],
+            ),
+            (
+                json!({ "mac": "02:00" }),
+                Code::CONFIG,
+                ["mac", "\"02:00\"", "unicast"],
+            ),
+            (
+                json!({ "mac": "01:00:5e:00:00:01" }),
+                Code::CONFIG,
+                ["mac", "01:00:5e", "unicast"],
+            ),
+            (
+                json!({ "mac": "00:00:00:00:00:00" }),
+                Code::CONFIG,
+                ["mac", "00:00:00", "unicast"],
+            ),
+            (
+                json!({ "runtimeConfig": [] }),
+                Code::CONFIG,
+                ["runtimeConfig", "[]", "object"],
+            ),
+            (
+                json!({ "runtimeConfig": { "mac": 5 } }),
+                Code::CONFIG,
+                ["runtimeConfig.mac", "5", "unicast"],
+            ),
+            (
+                json!({ "args": { "cni": 5 } }),
+                Code::CONFIG,
+                ["args.cni", "5", "object"],
+            ),
+        ] {
+            let error = config(more).options(&call("")).expect_err(parts[1]);
+            assert_eq!(error.code, code, "{error}");
+            for part in parts {
+                assert!(error.msg.contains(part), "{part} in {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_config_is_refused() {
+        for (text, code, part) in [
+            ("", Code::DECODE, "not JSON"),
+            ("{", Code::DECODE, "not JSON"),
+            ("[]", Code::DECODE, "object"),
+            ("{}", Code::VERSION, "0.1.0"),
+            (r#"{"cniVersion":1}"#, Code::CONFIG, "cniVersion"),
+            (r#"{"cniVersion":"1.0.0"}"#, Code::CONFIG, "name"),
+            (
+                r#"{"cniVersion":"1.0.0","name":"a/b"}"#,
+                Code::CONFIG,
+                "a/b",
+            ),
+            (
+                r#"{"cniVersion":"1.0.0","name":["x"]}"#,
+                Code::CONFIG,
+                "name",
+            ),
+        ] {
+            let error = Config::parse(text.as_bytes().to_vec(), &mut Version::NEWEST.clone())
+                .expect_err(text);
+            assert_eq!(error.code, code, "{error}");
+            assert!(error.msg.contains(part), "{error}");
+        }
+        let long = json!({ "cniVersion": "1.0.0", "name": "n".repeat(MAX_NETWORK + 1) });
+        assert_eq!(parse(&long).expect_err("too long").code, Code::CONFIG);
+    }
+
+    #[test]
+    fn the_ipam_section_is_checked_as_far_as_it_concerns_us() {
+        for ipam in [
+            json!(null),
+            json!([]),
+            json!({}),
+            json!({ "type": "" }),
+            json!({ "type": "../x" }),
+            json!({ "type": 1 }),
+        ] {
+            let error = config(json!({ "ipam": ipam }))
+                .ipam_type()
+                .expect_err("refused");
+            assert_eq!(error.code, Code::CONFIG, "{error}");
+            assert!(error.msg.contains("ipam"), "{error}");
+        }
+        let config = config(json!({ "ipam": {
+            "subnet": "10.1.2.3/24",
+            "ranges": [[{ "subnet": "10.2.0.0/16" }, { "subnet": "nonsense" }], [{ "subnet": "fd00::1/64" }], "x"],
+        } }));
+        let expected: Vec<IpNet> = ["10.2.0.0/16", "fd00::/64", "10.1.2.0/24"]
+            .iter()
+            .map(|text| text.parse().expect("range"))
+            .collect();
+        assert_eq!(config.ipam_ranges(), expected);
+    }
+
+    #[test]
+    fn the_runtime_beats_args_beat_the_environment_beats_the_config() {
+        let mac = |n: u8| format!("02:00:00:00:00:0{n}");
+        let all = json!({
+            "runtimeConfig": { "mac": mac(1) }, "args": { "cni": { "mac": mac(2) } }, "mac": mac(4),
+        });
+        let mut args = format!("MAC={}", mac(3));
+        let mut json = all;
+        for (expected, remove) in [(1, "runtimeConfig"), (2, "args"), (3, "MAC"), (4, "mac")] {
+            let found = config(json.clone())
+                .options(&call(&args))
+                .expect("valid")
+                .mac;
+            assert_eq!(found.map(|found| found.to_string()), Some(mac(expected)));
+            if remove == "MAC" {
+                args.clear();
+            } else if let Some(map) = json.as_object_mut() {
+                map.remove(remove);
+            }
+        }
+        assert_eq!(config(json).options(&call(&args)).expect("valid").mac, None);
+    }
+
+    #[test]
+    fn dns_of_the_runtime_goes_before_the_config() {
+        let both = json!({
+            "dns": { "nameservers": ["10.0.0.1"], "domain": "", "search": [] },
+            "runtimeConfig": { "dns": { "servers": ["10.0.0.2"], "searches": ["a.b"] } },
+        });
+        let expected = json!({ "nameservers": ["10.0.0.2"], "search": ["a.b"] });
+        assert_eq!(
+            config(both).dns().expect("valid").map(Value::Object),
+            Some(expected)
+        );
+        let one = json!({ "dns": { "nameservers": ["10.0.0.1"], "domain": "", "search": [] } });
+        let expected = json!({ "nameservers": ["10.0.0.1"] });
+        assert_eq!(
+            config(one).dns().expect("valid").map(Value::Object),
+            Some(expected)
+        );
+    }
+
+    #[test]
+    fn verbs_need_their_version() {
+        let config =
+            |version: &str| parse(&json!({ "cniVersion": version, "name": "n" })).expect("valid");
+        for (version, verb, works) in [
+            ("0.3.1", Verb::Add, true),
+            ("0.3.1", Verb::Check, false),
+            ("0.4.0", Verb::Check, true),
+            ("1.0.0", Verb::Gc, false),
+            ("1.0.0", Verb::Status, false),
+            ("1.1.0", Verb::Gc, true),
+            ("1.1.0", Verb::Status, true),
+        ] {
+            let result = config(version).require_verb(verb);
+            assert_eq!(result.is_ok(), works, "{version} {verb:?}");
+            if let Err(error) = result {
+                assert_eq!(error.code, Code::VERSION);
+            }
+        }
+    }
+
+    #[test]
+    fn valid_attachments_are_read_or_refused() {
+        let list = json!({ "cni.dev/valid-attachments": [{ "containerID": "a", "ifname": "eth0", "more": 1 }] });
+        let expected = vec![("a".to_owned(), "eth0".to_owned())];
+        assert_eq!(
+            config(list).valid_attachments().expect("valid"),
+            Some(expected)
+        );
+        for wrong in [json!("x"), json!([1]), json!([{ "containerID": "a" }])] {
+            let error = config(json!({ "cni.dev/valid-attachments": wrong }))
+                .valid_attachments()
+                .expect_err("refused");
+            assert_eq!(error.code, Code::CONFIG);
+        }
+    }
+}

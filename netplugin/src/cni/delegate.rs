@@ -1,0 +1,235 @@
+//! Calling the IPAM plugin: found in CNI_PATH, with our environment and the whole config on stdin.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::{Map, Value, json};
+
+use super::config::Config;
+use super::env::{Call, Verb};
+use super::error::{CniError, Code, Result};
+use super::exec::{self, Outcome};
+use super::ipam::Lease;
+use super::version::Version;
+
+/// The IPAM plugin of a config.
+#[derive(Debug)]
+pub(crate) struct Ipam<'a> {
+    config: &'a Config,
+    name: &'a str,
+    binary: PathBuf,
+    timeout: Duration,
+}
+
+impl<'a> Ipam<'a> {
+    /// Finds the plugin that the config names.
+    pub(crate) fn find(config: &'a Config, call: &Call) -> Result<Self> {
+        let name = config.ipam_type()?;
+        let timeout = config.ipam_timeout()?;
+        let binary = call
+            .plugin_dirs
+            .iter()
+            .map(|dir| dir.join(name))
+            .find(|path| is_executable(path));
+        let binary = binary.ok_or_else(|| {
+            let dirs: Vec<_> = call.plugin_dirs.iter().map(|dir| dir.display().to_string()).collect();
+            let place = if dirs.is_empty() { "CNI_PATH is empty".to_owned() } else { format!("CNI_PATH is {}", dirs.join(":")) };
+            CniError::new(
+                Code::IPAM,
+                format!("IPAM plugin {name:?} is not found: {place}; install it there or correct ipam.type"),
+            )
+        })?;
+        Ok(Self {
+            config,
+            name,
+            binary,
+            timeout,
+        })
+    }
+
+    /// Leases addresses.
+    pub(crate) fn add(&self) -> Result<Lease> {
+        let json = self.call(Verb::Add, &[])?;
+        let lease = Lease::from_json(&json).map_err(|error| self.told(error))?;
+        if lease.ips.is_empty() {
+            let keys: Vec<_> = json.keys().map(String::as_str).collect();
+            return Err(CniError::new(
+                Code::IPAM,
+                format!(
+                    "IPAM plugin {} returned no address; its result has the keys {}",
+                    self.name,
+                    keys.join(", ")
+                ),
+            ));
+        }
+        Ok(lease)
+    }
+
+    /// Gives the leases of this call's attachment back.
+    pub(crate) fn del(&self) -> Result<()> {
+        self.call(Verb::Del, &[]).map(drop)
+    }
+
+    /// Gives the leases of another attachment back, whose namespace is not known.
+    pub(crate) fn del_other(&self, container_id: &str, ifname: &str) -> Result<()> {
+        let environment = [
+            ("CNI_CONTAINERID", container_id),
+            ("CNI_IFNAME", ifname),
+            ("CNI_NETNS", ""),
+        ];
+        self.call(Verb::Del, &environment).map(drop)
+    }
+
+    /// Has the leases of this call's attachment checked.
+    pub(crate) fn check(&self) -> Result<()> {
+        self.call(Verb::Check, &[]).map(drop)
+    }
+
+    /// Forwards GC.
+    pub(crate) fn gc(&self) -> Result<()> {
+        self.call(Verb::Gc, &[]).map(drop)
+    }
+
+    /// Forwards STATUS.
+    pub(crate) fn status(&self) -> Result<()> {
+        self.call(Verb::Status, &[]).map(drop)
+    }
+
+    /// The versions that the plugin speaks, those of them that kbp knows.
+    pub(crate) fn versions(&self) -> Result<Vec<Version>> {
+        let request = json!({ "cniVersion": self.config.version.as_str() }).to_string();
+        let json = self.execute(Verb::Version, request.as_bytes(), &[])?;
+        let list = json.get("supportedVersions").and_then(Value::as_array);
+        Ok(list
+            .into_iter()
+            .flatten()
+            .filter_map(|version| Version::find(version.as_str()?))
+            .collect())
+    }
+
+    /// Calls it in the config's version. A plugin that is too old for it (Debian 12's know 1.0.0 at most) gets
+    /// the config in the newest version that it speaks: its result says nothing that depends on that.
+    fn call(&self, verb: Verb, environment: &[(&str, &str)]) -> Result<Map<String, Value>> {
+        let error = match self.execute(verb, &self.config.raw, environment) {
+            Err(error) if error.code == Code::VERSION => error,
+            other => return other,
+        };
+        let common = self
+            .versions()?
+            .into_iter()
+            .filter(|version| *version < self.config.version)
+            .max();
+        let Some(common) = common else {
+            return Err(error);
+        };
+        let mut json = self.config.json.clone();
+        json.insert("cniVersion".to_owned(), json!(common.as_str()));
+        if let Some(Value::Object(previous)) = json.get_mut("prevResult") {
+            previous.insert("cniVersion".to_owned(), json!(common.as_str()));
+        }
+        self.execute(
+            verb,
+            Value::Object(json).to_string().as_bytes(),
+            environment,
+        )
+    }
+
+    fn execute(
+        &self,
+        verb: Verb,
+        input: &[u8],
+        environment: &[(&str, &str)],
+    ) -> Result<Map<String, Value>> {
+        let mut command = Command::new(&self.binary);
+        command
+            .env("CNI_COMMAND", verb.as_str())
+            .envs(environment.iter().copied());
+        let outcome = exec::run(&mut command, input, self.timeout).map_err(|error| {
+            CniError::new(
+                Code::IPAM,
+                format!("run {} {}: {error}", self.binary.display(), verb.as_str()),
+            )
+        })?;
+        self.judge(verb, &outcome)
+    }
+
+    /// What the plugin's exit status and outputs mean.
+    fn judge(&self, verb: Verb, outcome: &Outcome) -> Result<Map<String, Value>> {
+        let (name, verb) = (self.name, verb.as_str());
+        let stderr = excerpt(&outcome.stderr);
+        let Some(status) = outcome.status else {
+            let msg = format!(
+                "IPAM plugin {name} did not answer {verb} within {} s and was killed; try again, or raise ipamTimeout",
+                self.timeout.as_secs(),
+            );
+            return Err(CniError::new(Code::TRY_AGAIN, msg).with_details(&stderr));
+        };
+        let answer: Option<Map<String, Value>> = serde_json::from_slice(&outcome.stdout).ok();
+        if !status.success() {
+            return Err(match answer.as_ref().and_then(error_of) {
+                Some(error) => self.told(error),
+                None => CniError::new(
+                    Code::IPAM,
+                    format!(
+                        "IPAM plugin {name} failed {verb} without a CNI error on stdout: {status}"
+                    ),
+                )
+                .with_details(&excerpt(&outcome.stdout)),
+            }
+            .with_details(&stderr));
+        }
+        if !stderr.is_empty() {
+            eprintln!("{name}: {stderr}");
+        }
+        match answer {
+            Some(answer) => Ok(answer),
+            None if outcome.stdout.iter().all(u8::is_ascii_whitespace) => Ok(Map::new()),
+            None => Err(CniError::new(
+                Code::DECODE,
+                format!(
+                    "IPAM plugin {name} answered {verb} with something else than a JSON object"
+                ),
+            )
+            .with_details(&excerpt(&outcome.stdout))),
+        }
+    }
+
+    /// An error that the plugin caused.
+    fn told(&self, error: CniError) -> CniError {
+        CniError {
+            msg: format!("IPAM plugin {}: {}", self.name, error.msg),
+            ..error
+        }
+    }
+}
+
+/// A CNI error, None when the object is something else.
+fn error_of(answer: &Map<String, Value>) -> Option<CniError> {
+    let code = answer.get("code")?.as_u64()?.try_into().ok()?;
+    let text = |key| {
+        answer
+            .get(key)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .to_owned()
+    };
+    Some(CniError {
+        code: Code(code),
+        msg: text("msg"),
+        details: text("details"),
+    })
+}
+
+/// The end of an output, where programs say what killed them.
+fn excerpt(output: &[u8]) -> String {
+    const MAX: usize = 1024;
+    let tail = &output[output.len().saturating_sub(MAX)..];
+    String::from_utf8_lossy(tail).trim().to_owned()
+}
+
+fn is_executable(path: &Path) -> bool {
+    path.metadata()
+        .is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
+}

@@ -1,0 +1,208 @@
+//! Running a program with an input, two outputs and a time limit.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+
+/// No plugin has that much to say; a broken one shall not fill the memory.
+const MAX_OUTPUT: usize = 4 << 20;
+
+/// What became of a program.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    /// How it ended; None: it was killed at the time limit.
+    pub(crate) status: Option<ExitStatus>,
+    /// What it wrote to stdout.
+    pub(crate) stdout: Vec<u8>,
+    /// What it wrote to stderr.
+    pub(crate) stderr: Vec<u8>,
+}
+
+/// Runs `command` with `input` on stdin. Past `limit` it is killed, with every process it has started
+/// and left in its process group.
+pub(crate) fn run(command: &mut Command, input: &[u8], limit: Duration) -> io::Result<Outcome> {
+    let deadline = Instant::now() + limit;
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .spawn()?;
+    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+    let outcome = talk(&mut child, input, deadline, &mut stdout, &mut stderr).and_then(|in_time| {
+        if in_time {
+            wait(&mut child, deadline)
+        } else {
+            Ok(None)
+        }
+    });
+    if !matches!(outcome, Ok(Some(_))) {
+        // Its process id is the group's, and it is still ours: nobody has waited for it yet.
+        if let Ok(group) = i32::try_from(child.id()) {
+            let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
+        }
+        child.wait()?;
+    }
+    Ok(Outcome {
+        status: outcome?,
+        stdout,
+        stderr,
+    })
+}
+
+/// Writes the input and reads both outputs to their ends; false when the deadline came first.
+fn talk(
+    child: &mut Child,
+    mut input: &[u8],
+    deadline: Instant,
+    stdout: &mut Vec<u8>,
+    stderr: &mut Vec<u8>,
+) -> io::Result<bool> {
+    let (mut stdin, mut out, mut err) =
+        (child.stdin.take(), child.stdout.take(), child.stderr.take());
+    let pipes = [
+        stdin.as_ref().map(AsFd::as_fd),
+        out.as_ref().map(AsFd::as_fd),
+        err.as_ref().map(AsFd::as_fd),
+    ];
+    for fd in pipes.into_iter().flatten() {
+        fcntl(fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    }
+    loop {
+        if input.is_empty() {
+            stdin = None;
+        }
+        let mut fds: Vec<_> = [
+            stdin
+                .as_ref()
+                .map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLOUT)),
+            out.as_ref()
+                .map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)),
+            err.as_ref()
+                .map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
+        if out.is_none() && err.is_none() {
+            return Ok(true);
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(false);
+        }
+        // Rounded up, or the last millisecond would be spent in a loop.
+        let timeout = PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX);
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        drop(fds);
+        if let Some(pipe) = &mut stdin {
+            match pipe.write(input) {
+                Ok(written) => input = &input[written..],
+                Err(error) if would_block(&error) => {}
+                // It has closed its stdin: that is its own business, its exit status says the rest.
+                Err(error) if error.kind() == ErrorKind::BrokenPipe => input = &[],
+                Err(error) => return Err(error),
+            }
+        }
+        read_some(&mut out, stdout)?;
+        read_some(&mut err, stderr)?;
+    }
+}
+
+/// Reads what is there now; at the end of the pipe it becomes None.
+fn read_some(pipe: &mut Option<impl Read>, to: &mut Vec<u8>) -> io::Result<()> {
+    let mut buffer = [0; 8192];
+    while let Some(reader) = pipe {
+        match reader.read(&mut buffer) {
+            Ok(0) => *pipe = None,
+            Ok(n) if to.len() + n > MAX_OUTPUT => {
+                return Err(io::Error::other(format!(
+                    "it wrote more than {MAX_OUTPUT} bytes"
+                )));
+            }
+            Ok(n) => to.extend_from_slice(&buffer[..n]),
+            Err(error) if would_block(&error) => return Ok(()),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn would_block(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
+}
+
+/// Waits for a program that has closed its outputs, which is to say that it is about to end.
+fn wait(child: &mut Child, deadline: Instant) -> io::Result<Option<ExitStatus>> {
+    let mut pause = Duration::from_micros(50);
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(None);
+        }
+        std::thread::sleep(pause.min(left));
+        pause = (pause * 2).min(Duration::from_millis(10));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str, input: &[u8], limit: Duration) -> io::Result<Outcome> {
+        run(Command::new("/bin/sh").arg("-c").arg(script), input, limit)
+    }
+
+    const LONG: Duration = Duration::from_secs(20);
+
+    #[test]
+    fn input_and_outputs_larger_than_a_pipe_pass() {
+        let input: Vec<u8> = (0..1_000_000_u32)
+            .flat_map(u32::to_le_bytes)
+            .take(1 << 20)
+            .collect();
+        let outcome = shell("tee /dev/stderr", &input, LONG).expect("runs");
+        assert!(outcome.status.expect("ends").success());
+        assert!(outcome.stdout == input && outcome.stderr == input);
+    }
+
+    #[test]
+    fn a_program_that_reads_nothing_is_no_error() {
+        let outcome = shell("exit 3", &vec![0; 1 << 20], LONG).expect("runs");
+        assert_eq!(outcome.status.expect("ends").code(), Some(3));
+    }
+
+    #[test]
+    fn past_the_limit_the_whole_group_is_killed() {
+        for script in ["sleep 300", "sleep 300 & wait", "exec >&- 2>&-; sleep 300"] {
+            let start = Instant::now();
+            let outcome = shell(script, b"", Duration::from_millis(100)).expect("runs");
+            assert!(outcome.status.is_none(), "{script}");
+            assert!(start.elapsed() < LONG, "{script}");
+        }
+    }
+
+    #[test]
+    fn endless_output_is_an_error() {
+        let error = shell("exec cat /dev/zero", b"", LONG).expect_err("too much");
+        assert!(error.to_string().contains("4194304"), "{error}");
+    }
+
+    #[test]
+    fn a_missing_program_is_an_error() {
+        assert!(run(&mut Command::new("/nonexistent"), b"", LONG).is_err());
+    }
+}

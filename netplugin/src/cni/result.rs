@@ -1,0 +1,216 @@
+//! The result of ADD, in the version of the config.
+
+use std::path::Path;
+
+use kbp_kernel::{MacAddr, Mtu};
+use serde_json::{Map, Value, json};
+
+use super::config::is_empty;
+use super::error::{CniError, Code, Result};
+use super::ipam::RouteConfig;
+use super::version::Version;
+use crate::routed::plan::PlannedIp;
+
+/// One end of the pair.
+#[derive(Debug)]
+pub(crate) struct Interface<'a> {
+    /// Name.
+    pub(crate) name: &'a str,
+    /// MAC.
+    pub(crate) mac: MacAddr,
+    /// MTU of the device.
+    pub(crate) mtu: Mtu,
+}
+
+/// What an ADD has made.
+#[derive(Debug)]
+pub(crate) struct Attached<'a> {
+    /// The host end.
+    pub(crate) host: Interface<'a>,
+    /// The pod end.
+    pub(crate) pod: Interface<'a>,
+    /// Namespace of the pod end, as the runtime named it.
+    pub(crate) sandbox: &'a Path,
+    /// Addresses of the pod end.
+    pub(crate) ips: &'a [PlannedIp],
+    /// Routes in the pod.
+    pub(crate) routes: &'a [RouteConfig],
+    /// DNS settings, where there are any.
+    pub(crate) dns: Map<String, Value>,
+}
+
+/// Writes the result. A `previous` one, of a plugin earlier in the chain, is kept as it is and added to.
+pub(crate) fn build(
+    version: Version,
+    previous: Option<&Map<String, Value>>,
+    attached: Attached<'_>,
+) -> Result<Value> {
+    let mut result = Map::new();
+    result.insert("cniVersion".to_owned(), json!(version.as_str()));
+    for (key, value) in previous
+        .into_iter()
+        .flatten()
+        .filter(|(key, _)| *key != "cniVersion")
+    {
+        result.insert(key.clone(), value.clone());
+    }
+    let interfaces = list(&mut result, "interfaces")?;
+    interfaces.push(interface(version, &attached.host, None));
+    let pod = interfaces.len();
+    interfaces.push(interface(version, &attached.pod, Some(attached.sandbox)));
+    list(&mut result, "ips")?.extend(attached.ips.iter().map(|ip| planned_ip(version, ip, pod)));
+    list(&mut result, "routes")?.extend(attached.routes.iter().map(|r| route(version, r)));
+    if !attached.dns.is_empty() {
+        result.insert("dns".to_owned(), Value::Object(attached.dns));
+    }
+    result.retain(|_, value| !is_empty(value));
+    Ok(Value::Object(result))
+}
+
+fn list<'a>(result: &'a mut Map<String, Value>, key: &str) -> Result<&'a mut Vec<Value>> {
+    let value = result.entry(key).or_insert(Value::Null);
+    if value.is_null() {
+        *value = json!([]);
+    }
+    match value {
+        Value::Array(list) => Ok(list),
+        other => Err(CniError::new(
+            Code::DECODE,
+            format!("{key} of prevResult: {other} is not a list"),
+        )),
+    }
+}
+
+fn interface(version: Version, end: &Interface<'_>, sandbox: Option<&Path>) -> Value {
+    let mut json = json!({ "name": end.name, "mac": end.mac.to_string() });
+    if version >= Version::V1_1_0 {
+        json["mtu"] = json!(end.mtu.0);
+    }
+    if let Some(sandbox) = sandbox {
+        json["sandbox"] = json!(sandbox.to_string_lossy());
+    }
+    json
+}
+
+fn planned_ip(version: Version, ip: &PlannedIp, interface: usize) -> Value {
+    let mut json = Map::new();
+    if version < Version::V1_0_0 {
+        let family = if ip.gateway.is_ipv6() { "6" } else { "4" };
+        json.insert("version".to_owned(), json!(family));
+    }
+    json.insert("interface".to_owned(), json!(interface));
+    json.insert("address".to_owned(), json!(ip.address.to_string()));
+    json.insert("gateway".to_owned(), json!(ip.gateway.to_string()));
+    Value::Object(json)
+}
+
+fn route(version: Version, route: &RouteConfig) -> Value {
+    let mut json = json!({ "dst": route.dst.to_string() });
+    if let Some(gw) = route.gw {
+        json["gw"] = json!(gw.to_string());
+    }
+    if version >= Version::V1_1_0 {
+        let numbers = [
+            ("mtu", route.mtu),
+            ("advmss", route.advmss),
+            ("priority", route.priority),
+            ("table", route.table),
+        ];
+        for (key, number) in numbers
+            .into_iter()
+            .chain([("scope", route.scope.map(u32::from))])
+        {
+            if let Some(number) = number {
+                json[key] = json!(number);
+            }
+        }
+    }
+    json
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn result(version: Version, previous: Option<Value>) -> Value {
+        let ips =
+            [("10.88.0.5/16", "10.88.0.1"), ("fd00::5/64", "fd00::1")].map(|(address, gateway)| {
+                PlannedIp {
+                    address: address.parse().expect("address"),
+                    gateway: gateway.parse().expect("address"),
+                }
+            });
+        let everything = "0.0.0.0/0".parse().expect("range");
+        let routes = [RouteConfig {
+            mtu: Some(1400),
+            ..RouteConfig::new(everything, Some(ips[0].gateway))
+        }];
+        let end = |name, last| Interface {
+            name,
+            mac: MacAddr([2, 0, 0, 0, 0, last]),
+            mtu: Mtu(65535),
+        };
+        let attached = Attached {
+            host: end("kbp0", 1),
+            pod: end("eth0", 2),
+            sandbox: Path::new("/run/netns/x"),
+            ips: &ips,
+            routes: &routes,
+            dns: Map::new(),
+        };
+        let previous = previous.map(|previous| previous.as_object().expect("an object").clone());
+        build(version, previous.as_ref(), attached).expect("result")
+    }
+
+    #[test]
+    fn each_version_has_its_own_keys() {
+        for version in Version::ALL {
+            let new = version >= Version::V1_1_0;
+            let ip = |family: &str, address: &str, gateway: &str| {
+                let mut ip = json!({ "interface": 1, "address": address, "gateway": gateway });
+                if version < Version::V1_0_0 {
+                    ip["version"] = json!(family);
+                }
+                ip
+            };
+            let mut expected = json!({
+                "cniVersion": version.as_str(),
+                "interfaces": [
+                    { "name": "kbp0", "mac": "02:00:00:00:00:01" },
+                    { "name": "eth0", "mac": "02:00:00:00:00:02", "sandbox": "/run/netns/x" },
+                ],
+                "ips": [ip("4", "10.88.0.5/16", "10.88.0.1"), ip("6", "fd00::5/64", "fd00::1")],
+                "routes": [{ "dst": "0.0.0.0/0", "gw": "10.88.0.1" }],
+            });
+            if new {
+                expected["interfaces"][0]["mtu"] = json!(65535);
+                expected["interfaces"][1]["mtu"] = json!(65535);
+                expected["routes"][0]["mtu"] = json!(1400);
+            }
+            assert_eq!(result(version, None), expected);
+        }
+    }
+
+    #[test]
+    fn a_previous_result_is_kept_and_added_to() {
+        let previous = json!({
+            "cniVersion": "0.9", "x-more": { "a": 1 },
+            "interfaces": [{ "name": "net0", "sandbox": "/run/netns/x", "x": [] }],
+            "ips": [{ "address": "10.1.1.1/24", "interface": 0, "y": 2 }], "routes": null, "dns": {},
+        });
+        let result = result(Version::V1_0_0, Some(previous));
+        assert_eq!(result["cniVersion"], "1.0.0");
+        assert_eq!(result["x-more"], json!({ "a": 1 }));
+        assert_eq!(
+            result["interfaces"][0],
+            json!({ "name": "net0", "sandbox": "/run/netns/x", "x": [] })
+        );
+        assert_eq!(result["interfaces"].as_array().map(Vec::len), Some(3));
+        assert_eq!(
+            result["ips"][0],
+            json!({ "address": "10.1.1.1/24", "interface": 0, "y": 2 })
+        );
+        assert_eq!(result["ips"][1]["interface"], 2);
+        assert!(result.get("dns").is_none());
+    }
+}

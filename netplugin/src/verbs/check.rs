@@ -1,0 +1,103 @@
+//! CHECK: is the attachment still as ADD left it?
+
+use kbp_kernel::MacAddr;
+use serde_json::{Map, Value};
+
+use super::open_pod;
+use crate::attachment::Attachment;
+use crate::cni::config::Config;
+use crate::cni::delegate::Ipam;
+use crate::cni::env::Call;
+use crate::cni::error::{CniError, Code, Result};
+use crate::cni::ipam;
+use crate::routed::masquerade;
+use crate::routed::plan::plan_ips;
+use crate::routed::verify::{self, Expected};
+use crate::routed::wire::Side;
+
+/// Compares the attachment with prevResult, and has IPAM check the lease.
+pub(crate) fn check(call: &Call, config: &Config) -> Result<()> {
+    let options = config.options(call)?;
+    let ipam = Ipam::find(config, call)?;
+    let previous = config.prev_result()?.ok_or_else(|| {
+        CniError::new(
+            Code::CONFIG,
+            "prevResult is missing; CHECK needs the result of ADD in the network config",
+        )
+    })?;
+    let attachment = Attachment::new(&config.name, &call.container_id, &call.ifname);
+    let expected = expected(previous, &attachment)?;
+    let mut host = Side::host()?;
+    let (mut pod, _) = open_pod(call, &host)?;
+
+    let mut found =
+        verify::differences(&mut host, &mut pod, &attachment, options.profile, &expected)?;
+    if options.ip_masq {
+        let addresses: Vec<_> = expected.ips.iter().map(|ip| ip.address.addr()).collect();
+        for address in masquerade::missing(&host.netns, &attachment, &addresses)? {
+            found.push(format!("{address} is not masqueraded"));
+        }
+    }
+    if !found.is_empty() {
+        let msg = format!("{attachment} is not as ADD left it: {}", found.join("; "));
+        return Err(CniError::new(Code::CHANGED, msg));
+    }
+    ipam.check()
+}
+
+/// What a result says about our interface; other plugins of the chain may have added theirs.
+fn expected(previous: &Map<String, Value>, attachment: &Attachment) -> Result<Expected> {
+    let interfaces = ipam::list(previous, "interfaces")?;
+    let text = |interface: &Value, key: &str| {
+        interface
+            .get(key)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .to_owned()
+    };
+    let find = |name: &str, in_pod: bool| {
+        interfaces.iter().position(|interface| {
+            text(interface, "name") == name && text(interface, "sandbox").is_empty() != in_pod
+        })
+    };
+    let describe = |index: Option<usize>| -> Result<(Option<MacAddr>, Option<u32>)> {
+        let Some(interface) = index.and_then(|index| interfaces.get(index)) else {
+            return Ok((None, None));
+        };
+        let mac = text(interface, "mac");
+        let mac = (!mac.is_empty())
+            .then(|| mac.to_ascii_lowercase().parse())
+            .transpose()
+            .map_err(|error| {
+                CniError::new(Code::DECODE, format!("prevResult.interfaces: {error}"))
+            })?;
+        let mtu = interface
+            .get("mtu")
+            .and_then(Value::as_u64)
+            .and_then(|mtu| u32::try_from(mtu).ok());
+        Ok((mac, mtu.filter(|mtu| *mtu > 0)))
+    };
+    let host_end = attachment.host_end();
+    let pod = find(&attachment.ifname, true);
+    if pod.is_none() {
+        let msg = format!(
+            "prevResult.interfaces has no {:?} inside a sandbox",
+            attachment.ifname
+        );
+        return Err(CniError::new(Code::CONFIG, msg));
+    }
+    let ips = ipam::list(previous, "ips")?
+        .iter()
+        .filter(|ip| match ip.get("interface").and_then(Value::as_u64) {
+            Some(index) => usize::try_from(index).ok() == pod,
+            None => true,
+        })
+        .map(ipam::leased_ip)
+        .collect::<Result<Vec<_>>>()?;
+    Ok(Expected {
+        host: describe(find(&host_end, false))?,
+        pod: describe(pod)?,
+        ips: plan_ips(&ips)?,
+        routes: ipam::routes(previous)?,
+    })
+}

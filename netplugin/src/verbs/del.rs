@@ -1,0 +1,27 @@
+//! DEL: remove what ADD made, as far as it is there. It can be repeated, and it needs neither the namespace
+//! nor the result of ADD: every name derives from the attachment.
+
+use crate::attachment::Attachment;
+use crate::cni::config::Config;
+use crate::cni::delegate::Ipam;
+use crate::cni::env::Call;
+use crate::cni::error::{CniError, Result};
+use crate::routed::masquerade;
+use crate::routed::wire::{self, Side};
+
+/// Detaches the container. A failed part does not keep the others from being removed.
+pub(crate) fn del(call: &Call, config: &Config) -> Result<()> {
+    let attachment = Attachment::new(&config.name, &call.container_id, &call.ifname);
+    let mut host = Side::host()?;
+    let mut failed = Vec::new();
+    // The address is given back last: who gets it next shall not find our route to it.
+    failed.extend(wire::delete_host_end(&mut host, &attachment).err());
+    let owner = attachment.masquerade_owner();
+    failed.extend(
+        masquerade::remove(&host.netns, |other| other == owner)
+            .err()
+            .map(CniError::from),
+    );
+    failed.extend(Ipam::find(config, call).and_then(|ipam| ipam.del()).err());
+    CniError::join(failed).map_or(Ok(()), Err)
+}
