@@ -1,0 +1,13 @@
+//! The real binary against the running kernel and the real host-local: every test has a "host" namespace of its
+//! own, in which the plugin runs, and namespaces of its own as pods. Needs root and the package
+//! containernetworking-plugins.
+
+mod attach;
+mod failure;
+mod input;
+mod lifecycle;
+mod node;
+mod parallel;
+mod pollable;
+mod traffic;
+mod world;

@@ -1,0 +1,72 @@
+//! Runtimes start many pods at once.
+
+use std::collections::BTreeSet;
+use std::thread;
+
+use serde_json::json;
+
+use crate::traffic::{ip, udp_echo};
+use crate::world::{HOST_V4, OUTSIDE_V4, Pod, World};
+
+#[test]
+fn many_attachments_at_once_are_all_whole_and_all_go() {
+    const PODS: usize = 24;
+    let world = World::new();
+    world.set_sysctl("net/ipv4/ip_forward", "1");
+    world.set_sysctl("net/ipv6/conf/all/forwarding", "1");
+    let before = world.dump();
+    let config = world.config("1.0.0", json!({}));
+    let pods: Vec<_> = (0..PODS).map(|n| Pod::new(&format!("pod-{n}"))).collect();
+
+    let results: Vec<_> = thread::scope(|scope| {
+        let adding: Vec<_> = pods
+            .iter()
+            .map(|pod| scope.spawn(|| world.add(pod, &config)))
+            .collect();
+        adding
+            .into_iter()
+            .map(|add| add.join().expect("ADD"))
+            .collect()
+    });
+    let addresses: BTreeSet<_> = results
+        .iter()
+        .map(|result| result["ips"][0]["address"].to_string())
+        .collect();
+    assert_eq!(addresses.len(), PODS);
+    for (pod, result) in pods.iter().zip(&results) {
+        world.quiet(
+            "CHECK",
+            pod,
+            &crate::lifecycle::with_result(&config, result),
+        );
+    }
+    for pod in [&pods[0], &pods[PODS - 1]] {
+        assert_eq!(
+            udp_echo(&pod.netns, &world.outside, ip(OUTSIDE_V4), 100),
+            ip(HOST_V4)
+        );
+    }
+    // Half of them go while others come.
+    let (gone, stay) = pods.split_at(PODS / 2);
+    let newer: Vec<_> = (0..PODS / 2)
+        .map(|n| Pod::new(&format!("newer-{n}")))
+        .collect();
+    thread::scope(|scope| {
+        for (old, new) in gone.iter().zip(&newer) {
+            scope.spawn(|| world.quiet("DEL", old, &config));
+            scope.spawn(|| world.add(new, &config));
+        }
+    });
+    for pod in stay.iter().chain(&newer) {
+        assert_eq!(
+            udp_echo(&pod.netns, &world.outside, ip(OUTSIDE_V4), 100),
+            ip(HOST_V4)
+        );
+    }
+    thread::scope(|scope| {
+        for pod in stay.iter().chain(&newer) {
+            scope.spawn(|| world.quiet("DEL", pod, &config));
+        }
+    });
+    assert_eq!(world.dump(), before);
+}
