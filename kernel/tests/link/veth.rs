@@ -302,10 +302,52 @@ fn thirty_pairs_can_be_born_at_once() {
                 let name = format!("kbp{n}");
                 batch.create_veth(&veth(&name, &pod));
                 socket.execute(&batch).expect("create");
-                // Others come and go meanwhile, so this dump is interrupted now and then.
-                let links = socket.links().expect("list");
-                assert!(links.iter().any(|link| link.name == name), "{name}");
+                let link = socket.link_by_name(&name).expect("ask").expect("created");
+                assert_eq!(link.kind, LinkKind::Veth);
             });
+        }
+    });
+}
+
+#[test]
+fn a_listing_is_complete_while_links_come() {
+    let host = Netns::create().expect("host");
+    let pod = Netns::create().expect("pod");
+    let create = |socket: &mut RouteSocket, name: String| {
+        let mut batch = Batch::new();
+        batch.create_veth(&VethPair {
+            pod_name: &name,
+            ..veth(&name, &pod)
+        });
+        socket.execute(&batch).expect("create");
+    };
+    let mut socket = RouteSocket::open_in(&host).expect("socket");
+    // More than fit into one answer, so that the kernel lists them in several steps.
+    for n in 0..60 {
+        create(&mut socket, format!("old{n}"));
+    }
+    std::thread::scope(|scope| {
+        let newcomers = scope.spawn(|| {
+            let mut socket = RouteSocket::open_in(&host).expect("socket");
+            for n in 0..100 {
+                create(&mut socket, format!("new{n}"));
+            }
+        });
+        while !newcomers.is_finished() {
+            let mut names: Vec<_> = socket
+                .links()
+                .expect("list")
+                .into_iter()
+                .map(|link| link.name)
+                .collect();
+            let listed = names.len();
+            names.sort();
+            names.dedup();
+            assert_eq!(names.len(), listed, "one was listed twice");
+            assert_eq!(
+                names.iter().filter(|name| name.starts_with("old")).count(),
+                60
+            );
         }
     });
 }
