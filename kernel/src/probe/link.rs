@@ -1,9 +1,12 @@
 //! Probes of links and their NAPI instances, on a veth pair between two throw-away namespaces.
 
+use std::net::IpAddr;
+
 use crate::ethtool::{Features, set_features};
 use crate::link::{Batch, RouteSocket, VethPair};
 use crate::napi::{Napi, NapiSettings, NetdevSocket, Threaded};
 use crate::netns::Netns;
+use crate::nft::MasqueradeTable;
 use crate::{Error, MacAddr, Mtu, Result};
 
 /// A veth end in a throw-away namespace gets a NAPI instance once GRO is on.
@@ -47,6 +50,20 @@ pub fn threaded_busy_poll() -> Result<()> {
             .set(veth.napi.id, threaded(Threaded::Disabled))?;
     }
     result
+}
+
+/// Pods can be masqueraded through nf_tables.
+///
+/// # Errors
+/// [`Error::Unsupported`] when there is no nf_tables; what the kernel said when a part of it, like
+/// the masquerading expression, is missing.
+pub fn masquerade() -> Result<()> {
+    let netns = Netns::create()?;
+    let addresses = [
+        [192, 0, 2, 1].into(),
+        IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, 1]),
+    ];
+    MasqueradeTable::open(&netns, "probe")?.add("probe", &addresses, &[])
 }
 
 /// A veth pair whose host end has a NAPI instance; it is gone with its namespaces.

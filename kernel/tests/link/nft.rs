@@ -309,6 +309,11 @@ fn refusals_name_the_table_and_the_value() {
 }
 
 #[test]
+fn the_probe_agrees() {
+    kbp_kernel::probe::masquerade().expect("this kernel masquerades: see the other tests");
+}
+
+#[test]
 fn many_processes_at_once_lose_nothing() {
     let (netns, mut table) = table();
     let address = |thread: u8, pod: u8| IpAddr::from([10, 88, thread, pod]);
