@@ -12,12 +12,12 @@ use crate::claim::{self, Site};
 use crate::config::{Config, Feature};
 use crate::endpoint::{self, Endpoint, Found};
 use crate::keeper::{Job, Keeper, Watch, follow};
-use crate::policy::Policy;
+use crate::policy::{Policy, WorkerPolicy};
 use crate::record::{Findings, Record};
 use crate::state::{self, Degraded, Part, PodState, SocketCounters};
 use crate::tune::{Offloads, Tuner};
 use crate::window::Window;
-use crate::worker::{self, Choice, Worker};
+use crate::worker::{self, Choice};
 use crate::{Error, Result};
 
 /// What to attach.
@@ -75,8 +75,8 @@ pub enum Outcome {
 /// Call it on a thread that is in the host's network namespace.
 ///
 /// # Errors
-/// Only for `required` policies ([`Error::Required`]), an id that cannot name a file, and a state directory or
-/// namespace that cannot be read or written; everything else degrades.
+/// Only for `required` policies ([`Error::Required`]), an id that cannot name a file or that another process has
+/// attached, namespaces whose links cannot be read, and a state directory that cannot be used; everything else degrades.
 pub fn attach(request: AttachRequest) -> Result<Outcome> {
     let host = Netns::current()?;
     let (veths, not_pollable) = match endpoint::find(&host, &request.netns)? {
@@ -87,69 +87,71 @@ pub fn attach(request: AttachRequest) -> Result<Outcome> {
             not_pollable,
         } => (veths, not_pollable),
     };
-    let state_dir = request.config.state_dir.clone();
-    state::create_dir(&state_dir)?;
-    clear_leftovers(&state_dir)?;
+    let state_dir = &request.config.state_dir;
+    state::create_dir(state_dir)?;
+    clear_leftovers(state_dir)?;
     let tuner = Tuner {
         host,
         pod: request.netns.try_clone()?,
         profile: request.policy.profile,
     };
-    let mut parts = Parts::default();
-    parts.find_and_tune(&request, &tuner, veths, not_pollable)?;
+    let mut parts = Parts::find_and_tune(&request, &tuner, veths, not_pollable);
     // Placement looks at what the others hold and then writes what this one takes: one after the other, or two pods
     // that start together would both choose the same CPU.
-    let lock = state::lock(&state_dir);
-    parts.choose_worker(&request)?;
-    let Parts {
-        veths,
-        before,
-        findings,
-        watch,
-        choice,
-        polled,
-        mut lasting,
-    } = parts;
-    lasting.extend(request.degraded.iter().cloned());
-    if request.policy.required
-        && let Some(missing) = findings.degraded.iter().chain(&lasting).next()
-    {
-        return Err(Error::Required {
-            part: missing.part,
-            reason: missing.reason.clone(),
-        });
-    }
-    let state = describe(&request, &findings, &choice, lasting)?;
-    let record = Arc::new(Record::new(state_dir.clone(), state, findings.degraded));
+    let lock = state::lock(state_dir);
+    let pods = state::read_all(state_dir)?;
+    refuse_second_owner(&request.id, &pods)?;
+    parts.choose_worker(&request, &pods);
+    parts.refuse_degraded(&request)?;
+    let record = Arc::new(parts.record(&request)?);
     record.write()?;
     drop(lock);
+    // From here on dropping it takes everything back.
     let mut attachment = Attachment {
         keeper: None,
         record: Arc::clone(&record),
-        state_dir,
-        id: request.id,
+        state_dir: state_dir.clone(),
+        id: request.id.clone(),
         before: None,
         ended: false,
     };
-    if let Some(watch) = watch {
+    if let Some(watch) = parts.watch {
         let job = Job {
-            tuner: Tuner {
-                host: tuner.host.try_clone()?,
-                pod: tuner.pod.try_clone()?,
-                profile: tuner.profile,
-            },
-            endpoints: veths,
-            worker: choice.worker,
-            polled,
-            record,
+            tuner: tuner.try_clone()?,
+            endpoints: parts.veths,
+            worker: parts.choice.worker,
+            polled: parts.polled,
+            record: Arc::clone(&record),
         };
-        attachment.keeper = Some(Keeper::start(job, watch)?);
-        attachment.before = Some(Before {
-            tuner,
-            veths: before,
-        });
+        match Keeper::start(job, watch) {
+            Ok(keeper) => attachment.keeper = Some(keeper),
+            Err(error) => {
+                let reason = error.to_string();
+                record.lost_worker(&reason);
+                if request.policy.required {
+                    let part = Part::Worker;
+                    return Err(Error::Required { part, reason });
+                }
+            }
+        }
     }
+    attachment.before = Some(Before {
+        tuner,
+        veths: parts.before,
+    });
     Ok(Outcome::Attached(attachment))
+}
+
+/// Two owners of one state file would each take away the other's.
+fn refuse_second_owner(id: &str, pods: &[PodState]) -> Result<()> {
+    let here = std::process::id();
+    match pods.iter().find(|p| p.id == id && p.owner_pid != here) {
+        Some(pod) => Err(Error::AlreadyAttached {
+            id: id.to_owned(),
+            owner: pod.owner_pid,
+        }),
+        None => Ok(()),
+    }
 }
 
 /// Removes what killed owners left in the state directory: their state files and claim files.
@@ -181,68 +183,52 @@ struct Parts {
     watch: Option<Watch>,
     choice: Choice,
     polled: BTreeSet<NapiId>,
-    lasting: Vec<Degraded>,
 }
 
 impl Parts {
     fn find_and_tune(
-        &mut self,
         request: &AttachRequest,
         tuner: &Tuner,
         veths: Vec<Endpoint>,
         not_pollable: Vec<String>,
-    ) -> Result<()> {
+    ) -> Self {
+        let mut parts = Self::default();
         if let Some(off) = request.config.switched_off(Feature::Napi) {
-            self.findings.add_not_pollable(vec![off]);
-            return Ok(());
+            parts.findings.add_not_pollable(vec![off]);
+            return parts;
         }
         if veths.is_empty() {
-            self.findings.add_not_pollable(not_pollable);
-            return Ok(());
+            parts.findings.add_not_pollable(not_pollable);
+            return parts;
         }
         // Before the first look, so that no change after it goes unseen.
-        self.watch = Some(Watch::subscribe(tuner)?);
+        match Watch::subscribe(tuner, &veths) {
+            Ok(watch) => parts.watch = Some(watch),
+            Err(error) => parts.choice = Choice::failed(error.to_string()),
+        }
         for veth in &veths {
             // Nothing to put back where nothing can be read: tuning meets the same error and tells it.
             if let Ok(offloads) = tuner.offloads(veth) {
-                self.before.push((veth.clone(), offloads));
+                parts.before.push((veth.clone(), offloads));
             }
         }
-        self.findings = Findings::gather(tuner, &veths, not_pollable);
-        self.veths = veths;
-        Ok(())
+        parts.findings = Findings::gather(tuner, &veths, not_pollable);
+        parts.veths = veths;
+        parts
     }
 
-    fn choose_worker(&mut self, request: &AttachRequest) -> Result<()> {
-        self.choice = if self.veths.is_empty() {
-            Choice::none("no interface that can be polled")
-        } else if request.policy.worker == crate::policy::WorkerPolicy::None {
-            Choice::none("none asked for")
+    fn choose_worker(&mut self, request: &AttachRequest, pods: &[PodState]) {
+        if self.veths.is_empty() {
+            self.choice = Choice::none("no interface that can be polled");
+        } else if request.policy.worker == WorkerPolicy::None {
+            self.choice = Choice::none("none asked for");
         } else if let Some(off) = request.config.switched_off(Feature::Sqpoll) {
-            Choice::failed(off)
-        } else if let Some(unknown) = self.findings.ids_unknown.clone() {
-            Choice::failed(unknown)
-        } else {
-            let pods = state::read_all(&request.config.state_dir)?;
-            let topology = Topology::read()?;
-            worker::choose(
-                request.policy.worker,
-                &Site {
-                    state_dir: &request.config.state_dir,
-                    pool: &request.config.cpus,
-                    config: &request.config.path,
-                    topology: &topology,
-                    usable: &cpu::usable()?,
-                    cpuset: request.cpuset.as_ref(),
-                    pods: &pods,
-                },
-            )
-        };
-        self.lasting
-            .extend(self.choice.degraded.iter().map(|reason| Degraded {
-                part: Part::Worker,
-                reason: reason.clone(),
-            }));
+            self.choice = Choice::failed(off);
+        } else if let Some(unknown) = &self.findings.ids_unknown {
+            self.choice = Choice::failed(unknown.clone());
+        } else if self.watch.is_some() {
+            self.choice = place(request, pods).unwrap_or_else(|e| Choice::failed(e.to_string()));
+        }
         let wanted = self.findings.host_napis();
         if let Some(worker) = &mut self.choice.worker
             && let Err(error) = follow(worker, &mut self.polled, &wanted)
@@ -253,39 +239,70 @@ impl Parts {
                 reason: error.to_string(),
             });
         }
-        Ok(())
+    }
+
+    /// What is missing for as long as the attachment lasts.
+    fn lasting(&self, request: &AttachRequest) -> Vec<Degraded> {
+        let worker = self.choice.degraded.iter().map(|reason| Degraded {
+            part: Part::Worker,
+            reason: reason.clone(),
+        });
+        worker.chain(request.degraded.iter().cloned()).collect()
+    }
+
+    fn refuse_degraded(&self, request: &AttachRequest) -> Result<()> {
+        let lasting = self.lasting(request);
+        match self.findings.degraded.iter().chain(&lasting).next() {
+            Some(missing) if request.policy.required => Err(Error::Required {
+                part: missing.part,
+                reason: missing.reason.clone(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn record(&self, request: &AttachRequest) -> Result<Record> {
+        let owner_pid = std::process::id();
+        let owner_start = state::start_time(owner_pid).ok_or_else(|| {
+            let gone = std::io::ErrorKind::NotFound.into();
+            Error::io(format!("read /proc/{owner_pid}/stat"), gone)
+        })?;
+        let state = PodState {
+            id: request.id.clone(),
+            namespace: request.namespace.clone(),
+            owner_pid,
+            owner_start,
+            worker_policy: request.policy.worker,
+            profile: request.policy.profile,
+            interfaces: self.findings.interfaces.clone(),
+            worker: self.choice.worker.as_ref().map(|w| w.state.clone()),
+            worker_reason: self.choice.reason.clone(),
+            busy_poll_us: request.window.micros.map(|m| m.0),
+            busy_poll_reason: request.window.reason.clone(),
+            sockets: SocketCounters::default(),
+            cpuset: request.cpuset.as_ref().map(ToString::to_string),
+            degraded: self.lasting(request),
+        };
+        Ok(Record::new(
+            request.config.state_dir.clone(),
+            state,
+            self.findings.degraded.clone(),
+        ))
     }
 }
 
-fn describe(
-    request: &AttachRequest,
-    findings: &Findings,
-    choice: &Choice,
-    degraded: Vec<Degraded>,
-) -> Result<PodState> {
-    let owner_pid = std::process::id();
-    let owner_start = state::start_time(owner_pid).ok_or_else(|| {
-        Error::io(
-            format!("read /proc/{owner_pid}/stat"),
-            std::io::ErrorKind::NotFound.into(),
-        )
-    })?;
-    Ok(PodState {
-        id: request.id.clone(),
-        namespace: request.namespace.clone(),
-        owner_pid,
-        owner_start,
-        worker_policy: request.policy.worker,
-        profile: request.policy.profile,
-        interfaces: findings.interfaces.clone(),
-        worker: choice.worker.as_ref().map(|w: &Worker| w.state.clone()),
-        worker_reason: choice.reason.clone(),
-        busy_poll_us: request.window.micros.map(|m| m.0),
-        busy_poll_reason: request.window.reason.clone(),
-        sockets: SocketCounters::default(),
-        cpuset: request.cpuset.as_ref().map(ToString::to_string),
-        degraded,
-    })
+/// Makes the worker on this machine.
+fn place(request: &AttachRequest, pods: &[PodState]) -> Result<Choice> {
+    let site = Site {
+        state_dir: &request.config.state_dir,
+        pool: &request.config.cpus,
+        config: &request.config.path,
+        topology: &Topology::read()?,
+        usable: &cpu::usable()?,
+        cpuset: request.cpuset.as_ref(),
+        pods,
+    };
+    Ok(worker::choose(request.policy.worker, &site))
 }
 
 impl Attachment {

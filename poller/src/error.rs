@@ -68,6 +68,14 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// Another process has attached this pod.
+    #[error("{id} is attached already, by process {owner}: end that first, or choose another id")]
+    AlreadyAttached {
+        /// The pod's id.
+        id: String,
+        /// The process.
+        owner: u32,
+    },
     /// The state directory could not be read or written.
     #[error("{what}: {source}")]
     Io {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use kbp_kernel::link::{LinkEvent, LinkEvents, RouteSocket};
+use kbp_kernel::link::{LinkEvents, RouteSocket};
 use kbp_kernel::{IfIndex, NapiId};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -15,6 +15,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::endpoint::{self, Endpoint, Found};
 use crate::pace::Pace;
+use crate::policy::WorkerPolicy;
 use crate::record::{Findings, Record};
 use crate::state::{Degraded, Part};
 use crate::tune::Tuner;
@@ -55,9 +56,10 @@ impl Keeper {
         let stop = Arc::new(stop);
         let stopped = Arc::clone(&stop);
         let counters = RouteSocket::open_in(&job.tuner.host)?;
-        let own_cpu = job.worker.as_ref().is_some_and(|w| {
-            !w.state.idle_class && w.state.policy == crate::policy::WorkerPolicy::Dedicated
-        });
+        let own_cpu = job
+            .worker
+            .as_ref()
+            .is_some_and(|w| w.state.policy == WorkerPolicy::Dedicated);
         let thread = std::thread::Builder::new()
             .name("kbp-keeper".to_owned())
             .stack_size(STACK)
@@ -90,7 +92,8 @@ impl Drop for Keeper {
     }
 }
 
-/// Link events of both namespaces. Those of the host are about every link of the node, so only the pod's count.
+/// Link events of both namespaces. On the host, where every pod of the node makes some, only those of this pod's links
+/// wake the thread.
 #[derive(Debug)]
 pub(crate) struct Watch {
     host: LinkEvents,
@@ -98,22 +101,28 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
-    /// Subscribes; from now on nothing is missed.
-    pub(crate) fn subscribe(tuner: &Tuner) -> Result<Self> {
-        Ok(Self {
+    /// Subscribes to the events of both namespaces, on the host to those of `veths`. Look at the veths afterwards:
+    /// then nothing is missed.
+    pub(crate) fn subscribe(tuner: &Tuner, veths: &[Endpoint]) -> Result<Self> {
+        let mut watch = Self {
             host: LinkEvents::subscribe(&tuner.host)?,
             pod: LinkEvents::subscribe(&tuner.pod)?,
-        })
+        };
+        watch.follow(veths)?;
+        Ok(watch)
     }
 
-    /// Reads what has come; whether it is about the pod's links.
-    fn is_ours(&mut self, host_links: &[IfIndex]) -> kbp_kernel::Result<bool> {
+    /// Follows the host ends of `veths` from now on.
+    fn follow(&mut self, veths: &[Endpoint]) -> Result<()> {
+        let links: Vec<IfIndex> = veths.iter().map(|v| v.host_index).collect();
+        Ok(self.host.watch_only(&links)?)
+    }
+
+    /// Reads what has come; whether there was anything.
+    fn drain(&mut self) -> kbp_kernel::Result<bool> {
         // Both are read to the end, or poll would return at once.
         let in_pod = !self.pod.read()?.is_empty();
-        let on_host = self.host.read()?.iter().any(|event| match event {
-            LinkEvent::Changed(index) | LinkEvent::Removed(index) => host_links.contains(index),
-            LinkEvent::Lost => true,
-        });
+        let on_host = !self.host.read()?.is_empty();
         Ok(in_pod || on_host)
     }
 }
@@ -196,8 +205,7 @@ impl Keeping {
     }
 
     fn drain_events(&mut self) -> bool {
-        let links: Vec<IfIndex> = self.job.endpoints.iter().map(|e| e.host_index).collect();
-        self.watch.is_ours(&links).unwrap_or_else(|error| {
+        self.watch.drain().unwrap_or_else(|error| {
             tracing::warn!(%error, "link events could not be read");
             true
         })
@@ -233,6 +241,9 @@ impl Keeping {
                 veths,
                 not_pollable,
             }) => {
+                if let Err(error) = self.watch.follow(&veths) {
+                    tracing::warn!(%error, "changes of the host ends may go unseen");
+                }
                 let findings = Findings::gather(&job.tuner, &veths, not_pollable);
                 job.endpoints = veths;
                 findings

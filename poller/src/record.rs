@@ -149,6 +149,18 @@ impl Record {
         });
     }
 
+    /// The worker could not be kept, for `reason`.
+    pub(crate) fn lost_worker(&self, reason: &str) {
+        self.change(|inner| {
+            inner.state.worker = None;
+            reason.clone_into(&mut inner.state.worker_reason);
+            inner.lasting.push(Degraded {
+                part: Part::Worker,
+                reason: reason.to_owned(),
+            });
+        });
+    }
+
     /// The pod's interfaces are gone, and its worker with them.
     pub(crate) fn gone(&self) {
         self.change(|inner| {

@@ -42,6 +42,15 @@ pub(crate) struct Tuner {
 }
 
 impl Tuner {
+    /// A second one for the same namespaces.
+    pub(crate) fn try_clone(&self) -> Result<Self> {
+        Ok(Self {
+            host: self.host.try_clone()?,
+            pod: self.pod.try_clone()?,
+            profile: self.profile,
+        })
+    }
+
     /// Does what is still to be done and tells what came of it. Nothing changes when all is as it should be.
     pub(crate) fn tune(&self, endpoint: &Endpoint) -> Tuned {
         let mut tuned = Tuned::default();

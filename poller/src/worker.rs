@@ -212,3 +212,108 @@ fn make(
         _claim: claim,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use kbp_kernel::cpu::Topology;
+
+    use super::*;
+    use crate::policy::Profile;
+    use crate::state::{PodState, SocketCounters};
+
+    fn set(text: &str) -> CpuSet {
+        text.parse().expect("cpus")
+    }
+
+    fn machine(online: &str) -> Topology {
+        let sys = tempfile::tempdir().expect("tempdir");
+        let cpus = sys.path().join("devices/system/cpu");
+        std::fs::create_dir_all(&cpus).expect("mkdir");
+        std::fs::write(cpus.join("online"), online).expect("write");
+        Topology::read_from(sys.path()).expect("topology")
+    }
+
+    fn pod(cpuset: Option<&str>, worker: Option<(WorkerPolicy, u32)>) -> PodState {
+        PodState {
+            id: "other".to_owned(),
+            namespace: "test".to_owned(),
+            owner_pid: 1,
+            owner_start: 1,
+            worker_policy: WorkerPolicy::Auto,
+            profile: Profile::Latency,
+            interfaces: Vec::new(),
+            worker: worker.map(|(policy, cpu)| WorkerState {
+                kind: "sqpoll".to_owned(),
+                policy,
+                tid: 1,
+                cpu,
+                idle_class: policy == WorkerPolicy::Idle,
+                lease_ms: 200,
+            }),
+            worker_reason: String::new(),
+            busy_poll_us: None,
+            busy_poll_reason: String::new(),
+            sockets: SocketCounters::default(),
+            cpuset: cpuset.map(str::to_owned),
+            degraded: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn idle_workers_keep_off_others_cpus_then_spread_then_keep_off_the_pods_own() {
+        use WorkerPolicy::{Dedicated, Idle};
+        let on = |cpu| pod(None, Some((Idle, cpu)));
+        for (cpuset, usable, pods, expected) in [
+            (None, "0-3", vec![], [0, 1, 2, 3]),
+            (None, "0-3", vec![on(0)], [1, 2, 3, 0]),
+            (None, "0-3", vec![on(0), on(1), on(1)], [2, 3, 0, 1]),
+            (Some("0-1"), "0-3", vec![], [2, 3, 0, 1]),
+            // A cpuset of every CPU is none of its own.
+            (Some("0-3"), "0-3", vec![], [0, 1, 2, 3]),
+            (Some("0-1"), "0-3", vec![on(2), on(3)], [0, 1, 2, 3]),
+            (None, "0-3", vec![pod(Some("0"), None)], [1, 2, 3, 0]),
+            (
+                None,
+                "0-3",
+                vec![pod(None, Some((Dedicated, 0))), on(1), on(2), on(3)],
+                [1, 2, 3, 0],
+            ),
+        ] {
+            let (topology, usable) = (machine("0-3"), set(usable));
+            let cpuset = cpuset.map(set);
+            let site = Site {
+                state_dir: Path::new("/nonexistent"),
+                pool: &CpuSet::default(),
+                config: Path::new("/nonexistent"),
+                topology: &topology,
+                usable: &usable,
+                cpuset: cpuset.as_ref(),
+                pods: &pods,
+            };
+            let cpus = idle_cpus(&site);
+            assert_eq!(cpus, expected.map(CpuId), "{cpuset:?} {pods:?}");
+        }
+    }
+
+    #[test]
+    fn no_worker_is_made_outside_of_what_the_process_may_use() {
+        let topology = machine("0-3");
+        let site = Site {
+            state_dir: Path::new("/nonexistent"),
+            pool: &CpuSet::default(),
+            config: Path::new("/nonexistent"),
+            topology: &topology,
+            usable: &CpuSet::default(),
+            cpuset: None,
+            pods: &[],
+        };
+        let choice = choose(WorkerPolicy::Idle, &site);
+        assert!(choice.worker.is_none());
+        assert_eq!(
+            choice.degraded.as_deref(),
+            Some("this process may use no CPU that is online")
+        );
+    }
+}

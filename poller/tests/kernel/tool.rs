@@ -99,6 +99,10 @@ fn it_attaches_says_what_it_did_and_puts_everything_back() {
     assert_eq!(pods[0].id, "by-hand");
     assert_eq!(pods[0].owner_pid, tool.child.id());
 
+    let text = complaint(&node, &node.pod, "", &["--id", "by-hand"]);
+    let owner = format!("attached already, by process {}", tool.child.id());
+    assert!(text.contains(&owner), "{text}");
+
     tool.signal(SIGTERM);
     let (said, status) = tool.end();
     assert!(status.success(), "{status}");
