@@ -133,3 +133,24 @@ fn no_napi(kind: &str) -> String {
     };
     format!("is a {kind}: {why}")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the kernel makes no link of here can still be said right.
+    #[test]
+    fn kinds_without_a_napi_are_named_with_what_to_do() {
+        for (kind, why) in [
+            ("netkit", "packets bypass NAPI"),
+            ("macvlan", "its parent's NAPI"),
+            ("ipvlan", "its parent's NAPI"),
+            ("bridge", "no NAPI of its own"),
+        ] {
+            let reason = no_napi(kind);
+            assert!(reason.starts_with(&format!("is a {kind}: ")), "{reason}");
+            assert!(reason.contains(why), "{reason}");
+            assert!(reason.contains("veth"), "{reason}");
+        }
+    }
+}
