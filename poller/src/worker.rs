@@ -157,8 +157,8 @@ fn idle(site: &Site<'_>) -> Result<Worker, String> {
 ///
 /// 1. not on CPUs that another kbp pod has for itself, while there are others;
 /// 2. where the fewest workers are: the gain comes from CPUs that stay awake, so they spread;
-/// 3. outside the pod's own cpuset, which its owner set aside for the application: there the worker takes packets off
-///    the sender's hands in parallel.
+/// 3. outside the pod's own cpuset, which its owner set aside for the application: on another CPU the worker takes
+///    packets off the sender's hands in parallel, while on the sender's it never runs when one is sent.
 fn idle_cpus(site: &Site<'_>) -> Vec<CpuId> {
     let online = &site.topology.online;
     let taken = crate::state::taken_by(site.pods, online);

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use kbp_kernel::link::{Batch, Link, RouteSocket, VethPair};
 use kbp_kernel::netns::Netns;
-use kbp_kernel::{CpuId, MacAddr, Mtu, cpu, netstat, process};
+use kbp_kernel::{CpuId, CpuSet, MacAddr, Mtu, cpu, netstat, process};
 use kbp_poller::attach::{AttachRequest, Attachment, Outcome, attach};
 use kbp_poller::config::Config;
 use kbp_poller::policy::{Policy, WorkerPolicy};
@@ -158,7 +158,8 @@ impl Node {
         files
     }
 
-    /// Starts a stream of datagrams from the pod to the host.
+    /// Starts a stream of datagrams from the pod to the host, on another CPU than [`any_cpu`]: a worker on the sender's
+    /// own CPU never runs while a packet is sent, so softirq would take them all.
     pub(crate) fn traffic(&self) -> Traffic {
         let any = (Ipv4Addr::UNSPECIFIED, 0);
         let sink = self.host.run(|| UdpSocket::bind(any)).expect("enter");
@@ -169,7 +170,14 @@ impl Node {
         let port = sink.local_addr().expect("address").port();
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
+        let elsewhere: CpuSet = cpu::usable()
+            .expect("cpus")
+            .iter()
+            .filter(|c| *c != any_cpu())
+            .collect();
+        assert!(!elsewhere.is_empty(), "this test takes two CPUs");
         let thread = std::thread::spawn(move || {
+            process::set_affinity(0, &elsewhere).expect("pin the sender");
             while !stopped.load(Ordering::Relaxed) {
                 // While the link is down there is no route: go on when it is up again.
                 let _ = source.send_to(&[0; 64], (host.addr(), port));
