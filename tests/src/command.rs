@@ -276,3 +276,11 @@ pub fn wait_until<T>(
         pause = (pause * 2).min(Duration::from_millis(50));
     }
 }
+
+/// Whether a process exists and is not a zombie.
+pub fn running(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(')')
+        .next()
+        .is_some_and(|rest| !rest.is_empty() && !rest.trim_start().starts_with('Z'))
+}

@@ -422,6 +422,19 @@ impl<'s> Containerd<'s> {
         }
     }
 
+    /// Kills containerd, as a crash does; its containers go on.
+    pub fn kill(&self) {
+        if let Some(mut child) = self
+            .child
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .take()
+        {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
     /// Starts it again after [`Containerd::stop`], with the same root and state.
     pub fn restart(&self) -> Result<()> {
         self.stop();

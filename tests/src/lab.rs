@@ -2,7 +2,13 @@
 
 use std::time::Duration;
 
-use crate::{Containerd, Generation, Leftovers, Rootfs, Run, Runtime, Sandbox, Settings};
+use kbp_poller::state::{self, PodState};
+use serde_json::Value;
+
+use crate::{
+    Attached, Containerd, Error, Generation, Leftovers, Network, PodNetns, Result, Rootfs, Run,
+    Runtime, Sandbox, Settings, wait_until,
+};
 
 /// Longest that anything awaited in a test may take.
 pub const LIMIT: Duration = Duration::from_secs(20);
@@ -78,6 +84,121 @@ impl Lab<'_> {
             _ => run,
         }
     }
+}
+
+/// A network namespace with an attachment; both go when it is dropped.
+#[derive(Debug)]
+pub struct Pod<'s> {
+    /// The namespace.
+    pub netns: PodNetns<'s>,
+    /// What the plugins answered.
+    pub attached: Attached,
+    network: Network<'s>,
+    id: String,
+}
+
+impl<'s> Pod<'s> {
+    /// A namespace `id` with an `eth0` in `network`.
+    pub fn new(sandbox: &'s Sandbox, id: &str, network: &Network<'s>) -> Result<Self> {
+        let netns = PodNetns::new(sandbox, id)?;
+        let attached = network.add(id, &netns, "eth0")?;
+        Ok(Self {
+            netns,
+            attached,
+            network: network.clone(),
+            id: id.to_owned(),
+        })
+    }
+
+    /// Its IPv4 address.
+    pub fn ip(&self) -> String {
+        self.attached.ipv4().expect("IPv4 address of the pod")
+    }
+}
+
+impl Drop for Pod<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.network.del(&self.id, Some(&self.netns), "eth0") {
+            // What it leaves fails the test: see `on_with`.
+            eprintln!("{error}");
+        }
+    }
+}
+
+impl<'s> Lab<'s> {
+    /// A pod in the network of kbp's own plugin.
+    pub fn pod(&self, id: &str) -> Pod<'s> {
+        Pod::new(self.sandbox, id, &Network::kbp(self.sandbox)).expect("pod in kbp's network")
+    }
+
+    /// A pod in the network of the reference `ptp` plugin.
+    pub fn ptp_pod(&self, id: &str) -> Pod<'s> {
+        Pod::new(self.sandbox, id, &Network::ptp(self.sandbox)).expect("pod in ptp's network")
+    }
+
+    /// Where kbp keeps its state, seen from outside.
+    pub fn state_dir(&self) -> std::path::PathBuf {
+        self.sandbox.dir().join("run/kbp")
+    }
+
+    /// What kbp says of a pod; None: nothing.
+    pub fn state(&self, id: &str) -> Option<PodState> {
+        let states = state::read_all(&self.state_dir()).expect("state directory");
+        states.into_iter().find(|s| s.id == id)
+    }
+
+    /// Waits until a process has a socket bound to a port, TCP or UDP.
+    pub fn wait_for_port(&self, pid: u32, port: u16) {
+        let entry = format!(":{port:04X} ");
+        wait_until(&format!("port {port} of {pid}"), LIMIT, || {
+            let tables = ["tcp", "udp", "tcp6", "udp6"].map(|t| {
+                std::fs::read_to_string(format!("/proc/{pid}/net/{t}")).unwrap_or_default()
+            });
+            let lines = || tables.iter().flat_map(|t| t.lines());
+            let bound = |line: &str| {
+                line.split_whitespace()
+                    .nth(1)
+                    .is_some_and(|a| format!("{a} ").ends_with(&entry))
+            };
+            if lines().any(bound) {
+                Ok(())
+            } else {
+                Err(format!("it is not bound; log:\n{}", self.containerd.log()))
+            }
+        })
+        .expect("server");
+    }
+
+    /// containerd's default OCI spec for a container of the busybox rootfs, to be changed and given to [`Lab::container_of_spec`].
+    pub fn spec(&self, id: &str, command: &[&str]) -> Result<Value> {
+        let text = self.containerd.ctr(["oci", "spec"])?.success()?.stdout;
+        let mut spec: Value = serde_json::from_str(&text).map_err(|e| Error::Command {
+            command: "ctr oci spec".to_owned(),
+            reason: e.to_string(),
+        })?;
+        spec["root"] = serde_json::json!({ "path": self.rootfs.dir() });
+        spec["process"]["args"] = command.into();
+        spec["process"]["terminal"] = false.into();
+        spec["process"]["cwd"] = "/".into();
+        spec["linux"]["cgroupsPath"] = format!("/{}/{id}", self.sandbox.name()).into();
+        Ok(spec)
+    }
+
+    /// A container of a whole spec under the arm's runtimes.
+    pub fn container_of_spec(&self, id: &str, spec: &Value) -> Run {
+        let path = self.sandbox.dir().join(format!("{id}.config.json"));
+        std::fs::write(&path, spec.to_string()).expect("write the spec");
+        self.under(Run::spec(id, &path))
+    }
+}
+
+/// Puts the network namespace at `path` into a spec.
+pub fn join_netns(spec: &mut Value, path: &std::path::Path) {
+    let namespaces = spec["linux"]["namespaces"]
+        .as_array_mut()
+        .expect("namespaces");
+    namespaces.retain(|n| n["type"] != "network");
+    namespaces.push(serde_json::json!({ "type": "network", "path": path }));
 }
 
 /// Runs `test` on a fresh node and expects that it leaves nothing there.

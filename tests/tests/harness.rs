@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use kbp_tests::{
-    Containerd, Generation, Leftovers, Network, PodNetns, Rootfs, Run, Sandbox, wait_until,
+    Containerd, Generation, Leftovers, Network, PodNetns, Rootfs, Run, Sandbox, running, wait_until,
 };
 
 /// A container with a network and one of an image start, answer and leave nothing.
@@ -190,12 +190,4 @@ fn a_killed_owner_leaves_nothing() {
         }
     })
     .expect("clean");
-}
-
-/// Whether a process exists and is not a zombie.
-fn running(pid: u32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit(')')
-        .next()
-        .is_some_and(|rest| !rest.is_empty() && !rest.trim_start().starts_with('Z'))
 }
