@@ -18,7 +18,7 @@ pub const LIMIT: Duration = Duration::from_secs(20);
 pub enum Oci {
     /// The usual one.
     Runc,
-    /// The one written in C.
+    /// The one written in C. Debian 12's knows the specs of containerd 1.6 and 1.7, not those of 2.
     Crun,
 }
 
@@ -248,11 +248,12 @@ macro_rules! scenarios {
     ($($scenario:ident),* $(,)?) => {
         $crate::scenarios!(@arm stock_on_machine Machine Stock Runc: $($scenario)*);
         $crate::scenarios!(@arm stock_on_v2 V2 Stock Runc: $($scenario)*);
+        $crate::scenarios!(@arm stock_on_v1_7 V1_7 Stock Runc: $($scenario)*);
         $crate::scenarios!(@arm stock_with_crun Machine Stock Crun: $($scenario)*);
         $crate::scenarios!(@arm kbp_on_machine Machine Kbp Runc: $($scenario)*);
         $crate::scenarios!(@arm kbp_on_v1_7 V1_7 Kbp Runc: $($scenario)*);
         $crate::scenarios!(@arm kbp_on_v2 V2 Kbp Runc: $($scenario)*);
-        $crate::scenarios!(@arm kbp_with_crun V2 Kbp Crun: $($scenario)*);
+        $crate::scenarios!(@arm kbp_with_crun Machine Kbp Crun: $($scenario)*);
     };
     (@arm $module:ident $generation:ident $runtime:ident $oci:ident: $($scenario:ident)*) => {
         mod $module {

@@ -56,7 +56,7 @@ fn ten_rounds_under_crun() {
     on(
         Arm {
             oci: Oci::Crun,
-            ..Arm::KBP_V2
+            ..Arm::KBP
         },
         |lab| rounds(lab, 10),
     );
