@@ -2,6 +2,8 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 use nix::cmsg_space;
 use nix::sys::socket::{
@@ -67,6 +69,35 @@ pub fn take_inherited(number: RawFd) -> Result<OwnedFd> {
     })?;
     // SAFETY: it is open, came over exec (see above), and nobody in this process owns it yet.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Leaves `fds` open in the process that `command` starts, as 3, 4 and so on: the counterpart of [`take_inherited`].
+///
+/// The numbers must not be among those that std itself uses to start the process: so call it in a process that has been
+/// running for a while and whose own descriptors have taken the low numbers.
+pub fn pass(command: &mut Command, fds: Vec<OwnedFd>) {
+    let first = libc::STDERR_FILENO + 1;
+    let behind = first + fds.len() as RawFd;
+    let install = move || {
+        // Out of the way first: a number to be filled may be one that is still to be copied.
+        let mut moved = [-1; MAX_FDS];
+        for (fd, slot) in fds.iter().zip(&mut moved) {
+            // SAFETY: no pointers, and the descriptor is open: the closure owns it.
+            *slot = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, behind) };
+            if *slot == -1 {
+                return Err(std::io::Error::last_os_error());
+            }
+        }
+        for (from, to) in moved.iter().zip(first..behind) {
+            // SAFETY: no pointers. The copy has no close-on-exec flag.
+            if unsafe { libc::dup2(*from, to) } == -1 {
+                return Err(std::io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec it only calls fcntl and dup2, which are async-signal-safe, and allocates nothing.
+    unsafe { command.pre_exec(install) };
 }
 
 /// Sends `data`, at least one byte, together with `fds` (at most [`MAX_FDS`]); returns how many bytes went out.

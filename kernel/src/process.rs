@@ -217,6 +217,26 @@ pub fn read_memory(tid: u32, address: u64, buffer: &mut [u8]) -> Result<()> {
     }
 }
 
+/// Gives the caller's process group a core scheduling cookie of its own (PR_SCHED_CORE), inherited by children: what has
+/// another cookie does not run on a sibling hyperthread at the same time. ENODEV without simultaneous multithreading,
+/// EINVAL from a kernel without core scheduling.
+pub fn create_core_cookie() -> Result<()> {
+    // include/linux/pid.h: PIDTYPE_PGID.
+    const PROCESS_GROUP: libc::c_ulong = 2;
+    // SAFETY: with PR_SCHED_CORE_CREATE the last argument must be 0, and nothing is a pointer.
+    let answer = unsafe {
+        libc::prctl(
+            libc::PR_SCHED_CORE,
+            libc::PR_SCHED_CORE_CREATE,
+            0,
+            PROCESS_GROUP,
+            0,
+        )
+    };
+    check(answer, || "create a core scheduling cookie".to_owned())?;
+    Ok(())
+}
+
 /// Whether transparent huge pages are switched off for the calling process (PR_GET_THP_DISABLE).
 pub fn thp_disabled() -> Result<bool> {
     let answer = prctl(libc::PR_GET_THP_DISABLE, 0);

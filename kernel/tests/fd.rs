@@ -189,3 +189,23 @@ fn a_descriptor_left_open_by_the_parent_is_taken_once() {
         "{text}"
     );
 }
+
+#[test]
+fn passed_descriptors_are_counted_from_three() {
+    // A process that runs for a while has the low numbers in use.
+    let low: Vec<_> = (0..8)
+        .map(|_| std::fs::File::open("/dev/null").expect("open"))
+        .collect();
+    let (mut out, to_out) = pipe().expect("a pipe");
+    let (mut err, to_err) = pipe().expect("a pipe");
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", "echo three >&3; echo four >&4"]);
+    fd::pass(&mut command, vec![to_err.into(), to_out.into()]);
+    let status = command.status().expect("run sh");
+    assert!(status.success(), "{status}");
+    drop((command, low));
+    let (mut three, mut four) = (String::new(), String::new());
+    err.read_to_string(&mut three).expect("read");
+    out.read_to_string(&mut four).expect("read");
+    assert_eq!((three.as_str(), four.as_str()), ("three\n", "four\n"));
+}

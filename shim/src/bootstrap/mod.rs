@@ -5,7 +5,9 @@
 //! output carries the answer and nothing else; what there is to say goes to the fifo `log` in the bundle ([`log`]).
 
 pub mod address;
+pub mod caller;
 pub mod delete;
+pub mod detached;
 pub mod flags;
 pub mod info;
 pub mod log;

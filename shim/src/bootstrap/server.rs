@@ -13,6 +13,7 @@ use kbp_poller::config::Config;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::address;
+use super::detached::Detached;
 use super::flags::Flags;
 use super::log;
 use crate::pod;
@@ -98,7 +99,7 @@ async fn run(flags: &Flags, listener: UnixListener) -> anyhow::Result<()> {
         namespace: flags.namespace.clone(),
         pod_id: flags.id.clone(),
     };
-    let service = pod::decorate(plain, context);
+    let service = Arc::new(Detached(pod::decorate(plain, context)));
 
     let mut server = ttrpc::r#async::Server::new()
         .add_listener(listener.try_into().context("serve on the socket")?)

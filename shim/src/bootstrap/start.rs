@@ -12,6 +12,7 @@ use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Enum, Message};
 
 use super::address::{self, Socket};
+use super::caller;
 use super::flags::Flags;
 use crate::task::options::Options;
 use crate::task::spec::Spec;
@@ -121,10 +122,13 @@ impl Call {
         }
         let any = Any::parse_from_bytes(input)
             .context("read the options that containerd sent on standard input")?;
-        // 1.6 does not set it and later ones say 2, although those from 2.0 on know 3.
-        let knows_json = max_version
-            .and_then(|version| version.parse().ok())
-            .is_some_and(|version: u32| version >= 3);
+        // 1.6 does not set it, and 1.7 and 2.x say 2, although the latter know 3.
+        let max_version: Option<u32> = max_version.and_then(|version| version.parse().ok());
+        let knows_json = match max_version {
+            Some(3..) => true,
+            Some(_) => caller::knows_version_3(Path::new(&flags.publish_binary)),
+            None => false,
+        };
         Ok(Self {
             reply: if knows_json {
                 Reply::Json
@@ -190,6 +194,9 @@ fn launch(flags: &Flags, call: &Call, listener: OwnedFd) -> anyhow::Result<()> {
         .stdin(Stdio::from(listener))
         .stdout(Stdio::null())
         .stderr(Stdio::null());
+    if std::env::var_os("SCHED_CORE").is_some_and(|value| !value.is_empty()) {
+        kbp_kernel::process::create_core_cookie().context("containerd's option sched_core")?;
+    }
     let mut server = command
         .spawn()
         .with_context(|| format!("start {} as the server", binary.display()))?;

@@ -141,6 +141,7 @@ async fn deliver(address: String, mut queue: mpsc::Receiver<Envelope>) {
         };
         let give_up = Instant::now() + PATIENCE;
         let mut delay = FIRST_DELAY;
+        let mut was_connected = client.is_some();
         // The queue stands still meanwhile: a later event must not overtake this one.
         while let Err(error) = forward(&address, &mut client, &request).await {
             client = None;
@@ -149,6 +150,10 @@ async fn deliver(address: String, mut queue: mpsc::Receiver<Envelope>) {
                 break;
             }
             tracing::debug!("an event for {topic} could not be delivered yet: {error}");
+            // A connection to a containerd that has been restarted since: the new one is probably there.
+            if std::mem::take(&mut was_connected) {
+                continue;
+            }
             sleep(delay).await;
             delay = (delay * 2).min(MAX_DELAY);
         }
@@ -171,13 +176,13 @@ async fn forward(
     client: &mut Option<EventsClient>,
     request: &ForwardRequest,
 ) -> ttrpc::Result<()> {
-    let client = match client {
-        Some(client) => client,
+    let connected = match client {
+        Some(connected) => connected,
         None => client.insert(EventsClient::new(Client::connect(address).await?)),
     };
     let answer = timeout(
         ANSWER_LIMIT,
-        client.forward(ttrpc::context::Context::default(), request),
+        connected.forward(ttrpc::context::Context::default(), request),
     )
     .await;
     answer

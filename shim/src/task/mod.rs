@@ -7,6 +7,7 @@
 //! Locks: the list of containers and the state of a process are behind plain mutexes that nobody holds while waiting,
 //! so `State` always answers at once. What changes a process runs under that process' own `operation` lock.
 
+pub mod cgroup;
 pub mod container;
 pub mod error;
 pub mod events;

@@ -104,8 +104,8 @@ impl Process {
             .ok_or_else(|| Error::NotFound(format!("process {} is gone", self.id)))
     }
 
-    /// Fails unless the process is in one of `allowed`; `verb` names what was tried.
-    pub fn expect(&self, verb: &str, allowed: &[Status]) -> Result<()> {
+    /// Fails unless the process is in one of `allowed`; `tried` names what was, with its article, e.g. `pause a`.
+    pub fn expect(&self, tried: &str, allowed: &[Status]) -> Result<()> {
         let status = self.status();
         if allowed.contains(&status) {
             return Ok(());
@@ -119,7 +119,7 @@ impl Process {
             Status::UNKNOWN => "unknown",
         };
         Err(Error::FailedPrecondition(format!(
-            "cannot {verb} a {name} process"
+            "cannot {tried} {name} process"
         )))
     }
 

@@ -243,8 +243,8 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: api::CheckpointTaskRequest,
     ) -> ttrpc::Result<Empty> {
-        self.container(&request.id)?;
-        Err(Error::Unimplemented("checkpoint is not supported".to_owned()).into())
+        self.container(&request.id)?.checkpoint(&request).await?;
+        Ok(Empty::new())
     }
 
     async fn kill(&self, _: &TtrpcContext, request: api::KillRequest) -> ttrpc::Result<Empty> {
@@ -316,8 +316,11 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: api::StatsRequest,
     ) -> ttrpc::Result<api::StatsResponse> {
-        self.container(&request.id)?;
-        Err(Error::Unimplemented("stats are not supported".to_owned()).into())
+        let stats = self.container(&request.id)?.stats().await?;
+        Ok(api::StatsResponse {
+            stats: MessageField::some(stats),
+            ..Default::default()
+        })
     }
 
     async fn connect(

@@ -5,6 +5,7 @@
 
 mod console;
 mod fd;
+mod logger;
 mod uri;
 
 use std::fs::{self, File, OpenOptions};
@@ -20,9 +21,10 @@ use tokio::task::JoinHandle;
 pub use self::fd::Stream;
 
 use self::console::ConsoleSocket;
+use self::logger::Logger;
 use self::uri::Uri;
 use super::error::{Error, Result};
-use super::reaper::ChildStdio;
+use super::reaper::{ChildStdio, Reaper};
 
 /// How long a deletion waits for the output of a process that has ended: something that outlived it may hold the pipe,
 /// or nobody reads at the other end.
@@ -46,9 +48,25 @@ pub struct Stdio {
     pub terminal: bool,
 }
 
+/// Whose streams they are.
+#[derive(Debug, Clone, Copy)]
+pub struct Origin<'a> {
+    /// containerd namespace.
+    pub namespace: &'a str,
+    /// Id of the container or the exec.
+    pub id: &'a str,
+    /// User and group that own the process' ends of the pipes.
+    pub owner: (u32, u32),
+    /// The bundle.
+    pub bundle: &'a Path,
+    /// Starts logging binaries.
+    pub reaper: &'a Arc<Reaper>,
+}
+
 /// Opened and waiting for the process.
 #[derive(Debug)]
 pub struct Prepared {
+    logger: Option<Logger>,
     child: ChildStdio,
     console: Option<ConsoleSocket>,
     stdin: Option<Input>,
@@ -65,8 +83,9 @@ struct Input {
 }
 
 /// The running copies of one process' standard streams.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct ProcessIo {
+    logger: Option<Logger>,
     keeper: Option<File>,
     stdin: Option<JoinHandle<()>>,
     outputs: Vec<JoinHandle<()>>,
@@ -82,61 +101,66 @@ enum Sink {
 }
 
 impl Prepared {
-    /// Opens everything that can be opened before the process exists. `owner` gets the process' ends of the pipes.
-    pub fn new(stdio: &Stdio, owner: (u32, u32), bundle: &Path) -> Result<Self> {
-        if stdio.terminal {
-            return Ok(Self {
-                child: ChildStdio::default(),
-                console: Some(ConsoleSocket::bind(bundle)?),
-                stdin: Input::open(&stdio.stdin, None)?,
-                outputs: vec![(
-                    None,
-                    if stdio.stdout.is_empty() {
-                        Sink::Nowhere
-                    } else {
-                        Sink::open(&stdio.stdout)?
-                    },
-                )],
-            });
+    /// Opens everything that can be opened before the process exists.
+    pub async fn new(stdio: &Stdio, origin: Origin<'_>) -> Result<Self> {
+        let mut prepared = Self {
+            logger: None,
+            child: ChildStdio::default(),
+            console: None,
+            stdin: None,
+            outputs: Vec::new(),
+        };
+        // The logging binary takes both outputs, and what stderr names does not count.
+        let uri = Uri::parse(&stdio.stdout)?;
+        let mut logger = None;
+        if Logger::is_named_by(&uri) {
+            let started = Logger::start(&uri, &origin).await?;
+            prepared.logger = Some(started.logger);
+            logger = Some((started.stdout, started.stderr));
         }
-        let mut child = ChildStdio::default();
+        if stdio.terminal {
+            let sink = match logger {
+                Some((stdout, _)) => Sink::Fifo(
+                    Stream::new(stdout, Interest::WRITABLE)
+                        .map_err(Error::io("use the pipe to a logging binary"))?,
+                ),
+                None if stdio.stdout.is_empty() => Sink::Nowhere,
+                None => Sink::open(&stdio.stdout)?,
+            };
+            prepared.console = Some(ConsoleSocket::bind(origin.bundle)?);
+            prepared.stdin = Input::open(&stdio.stdin, None)?;
+            prepared.outputs.push((None, sink));
+            return Ok(prepared);
+        }
         let pipe = |error| Error::Io {
             what: "make a pipe for a standard stream".to_owned(),
             source: error,
         };
-        let own = |fd: &OwnedFd| {
-            if owner == (0, 0) {
-                return Ok(());
-            }
-            std::os::unix::fs::fchown(fd.as_fd(), Some(owner.0), Some(owner.1)).map_err(Error::io(
-                format!("give a standard stream's pipe to {}:{}", owner.0, owner.1),
-            ))
-        };
-        let mut stdin = None;
         if !stdio.stdin.is_empty() {
             let (theirs, ours) = Stream::pipe_from_us().map_err(pipe)?;
-            own(&theirs)?;
-            child.stdin = Some(theirs);
-            stdin = Input::open(&stdio.stdin, Some(ours))?;
+            give(&theirs, origin.owner)?;
+            prepared.child.stdin = Some(theirs);
+            prepared.stdin = Input::open(&stdio.stdin, Some(ours))?;
         }
-        let mut outputs = Vec::new();
+        if let Some((stdout, stderr)) = logger {
+            give(&stdout, origin.owner)?;
+            give(&stderr, origin.owner)?;
+            prepared.child.stdout = Some(stdout);
+            prepared.child.stderr = Some(stderr);
+            return Ok(prepared);
+        }
         let streams = [
-            (&stdio.stdout, &mut child.stdout),
-            (&stdio.stderr, &mut child.stderr),
+            (&stdio.stdout, &mut prepared.child.stdout),
+            (&stdio.stderr, &mut prepared.child.stderr),
         ];
         for (name, slot) in streams.into_iter().filter(|(name, _)| !name.is_empty()) {
             let sink = Sink::open(name)?;
             let (ours, theirs) = Stream::pipe_to_us().map_err(pipe)?;
-            own(&theirs)?;
+            give(&theirs, origin.owner)?;
             *slot = Some(theirs);
-            outputs.push((Some(ours), sink));
+            prepared.outputs.push((Some(ours), sink));
         }
-        Ok(Self {
-            child,
-            console: None,
-            stdin,
-            outputs,
-        })
+        Ok(prepared)
     }
 
     /// The streams to start the OCI runtime with; None with a terminal: then they are the runtime's own.
@@ -153,7 +177,13 @@ impl Prepared {
 
     /// Starts to copy, once the runtime has made the process.
     pub async fn start(self) -> Result<ProcessIo> {
-        let mut io = ProcessIo::default();
+        let mut io = ProcessIo {
+            logger: self.logger,
+            keeper: None,
+            stdin: None,
+            outputs: Vec::new(),
+            console: None,
+        };
         if let Some(socket) = self.console {
             let master = tokio::time::timeout(CONSOLE_LIMIT, socket.receive())
                 .await
@@ -185,6 +215,16 @@ impl Prepared {
         }
         Ok(io)
     }
+}
+
+/// Gives a process' end of a pipe to the user that the process runs as, so that it can open /dev/stdout again.
+fn give(pipe: &OwnedFd, owner: (u32, u32)) -> Result<()> {
+    if owner == (0, 0) {
+        return Ok(());
+    }
+    std::os::unix::fs::fchown(pipe.as_fd(), Some(owner.0), Some(owner.1)).map_err(Error::io(
+        format!("give a standard stream's pipe to {}:{}", owner.0, owner.1),
+    ))
 }
 
 impl Input {
@@ -228,7 +268,7 @@ impl Sink {
                 open(&path)
             }
             other => Err(Error::InvalidArgument(format!(
-                "{name}: standard streams with scheme {other:?} are not supported; use fifo or file"
+                "{name}: standard streams with scheme {other:?} are not supported; use fifo, file, binary or binary-v2"
             ))),
         }
     }
@@ -305,11 +345,18 @@ impl ProcessIo {
         self.stop_input();
         let deadline = tokio::time::Instant::now() + limit;
         for output in &mut self.outputs {
-            if tokio::time::timeout_at(deadline, output).await.is_err() {
+            if tokio::time::timeout_at(deadline, &mut *output)
+                .await
+                .is_err()
+            {
                 tracing::warn!(
                     "output was not read to its end within {limit:?}: something holds it open, or nobody reads"
                 );
+                output.abort();
             }
+        }
+        if let Some(logger) = self.logger.take() {
+            logger.finish(limit).await;
         }
     }
 

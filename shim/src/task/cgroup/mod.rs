@@ -1,0 +1,129 @@
+//! A container's cgroup: its statistics in the messages that containerd expects, and what happens when memory runs out.
+
+mod files;
+mod oom;
+mod v1;
+mod v2;
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+
+pub use oom::OomWatch;
+
+use super::error::{Error, Result};
+use super::events::pack;
+
+/// Where cgroups are mounted.
+const MOUNT: &str = "/sys/fs/cgroup";
+
+/// The cgroup of a process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Cgroup {
+    /// Version 1 (also as part of the hybrid layout): a directory for every controller that has one.
+    V1(HashMap<String, PathBuf>),
+    /// Version 2: one directory.
+    V2(PathBuf),
+}
+
+impl Cgroup {
+    /// The cgroup that process `pid` is in now.
+    pub fn of_process(pid: u32) -> Result<Self> {
+        let path = format!("/proc/{pid}/cgroup");
+        let table = fs::read_to_string(&path).map_err(Error::io(format!("read {path}")))?;
+        let mount = Path::new(MOUNT);
+        Self::parse(&table, mount, mount.join("cgroup.controllers").exists()).ok_or_else(|| {
+            Error::Malformed {
+                path: path.into(),
+                detail: "no cgroup with a directory".to_owned(),
+            }
+        })
+    }
+
+    /// From the text of /proc/PID/cgroup (cgroups(7)): `number:controller,…:path`, version 2 with number 0.
+    fn parse(table: &str, mount: &Path, unified: bool) -> Option<Self> {
+        let lines = table.lines().filter_map(|line| {
+            let mut fields = line.splitn(3, ':');
+            Some((
+                fields.next()?,
+                fields.next()?,
+                fields.next()?.trim_start_matches('/'),
+            ))
+        });
+        if unified {
+            let (.., path) = lines.into_iter().find(|(number, ..)| *number == "0")?;
+            return Some(Self::V2(mount.join(path)));
+        }
+        let mut directories = HashMap::new();
+        for (_, controllers, path) in lines {
+            for controller in controllers
+                .split(',')
+                .filter(|name| !name.is_empty() && !name.contains('='))
+            {
+                directories.insert(controller.to_owned(), mount.join(controller).join(path));
+            }
+        }
+        (!directories.is_empty()).then_some(Self::V1(directories))
+    }
+
+    /// Statistics: `io.containerd.cgroups.v1.Metrics` or `…v2.Metrics`.
+    pub fn stats(&self) -> Result<Any> {
+        let packed = match self {
+            Self::V1(directories) => {
+                let metrics = v1::metrics(directories)
+                    .map_err(Error::io("read the statistics of a cgroup"))?;
+                pack("io.containerd.cgroups.v1.Metrics", &metrics)
+            }
+            Self::V2(directory) => {
+                let what = || format!("read the statistics of cgroup {}", directory.display());
+                if !directory.exists() {
+                    return Err(Error::NotFound("cgroup does not exist".to_owned()));
+                }
+                let metrics = v2::metrics(directory).map_err(Error::io(what()))?;
+                pack("io.containerd.cgroups.v2.Metrics", &metrics)
+            }
+        };
+        packed.map_err(|error| {
+            Error::io("encode the statistics of a cgroup")(io::Error::other(error))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn version_1_has_a_directory_for_every_controller() {
+        let table = "9:name=systemd:/a\n4:memory:/default/t1\n2:cpu,cpuacct:/default/t1\n0::/\n";
+        let Some(Cgroup::V1(directories)) = Cgroup::parse(table, Path::new("/c"), false) else {
+            panic!("not v1")
+        };
+        assert_eq!(directories.len(), 3);
+        assert_eq!(directories["memory"], Path::new("/c/memory/default/t1"));
+        assert_eq!(directories["cpuacct"], Path::new("/c/cpuacct/default/t1"));
+    }
+
+    #[test]
+    fn version_2_has_one() {
+        let table = "0::/system.slice/x.scope\n";
+        let found = Cgroup::parse(table, Path::new("/c"), true);
+        assert_eq!(found, Some(Cgroup::V2("/c/system.slice/x.scope".into())));
+        assert_eq!(Cgroup::parse("", Path::new("/c"), true), None);
+        assert_eq!(Cgroup::parse(table, Path::new("/c"), false), None);
+    }
+
+    #[test]
+    fn the_test_s_own_cgroup_is_found_and_has_processes() {
+        let cgroup = Cgroup::of_process(std::process::id()).expect("a cgroup");
+        let any = cgroup.stats().expect("statistics");
+        assert!(
+            any.type_url.starts_with("io.containerd.cgroups.v"),
+            "{}",
+            any.type_url
+        );
+    }
+}
