@@ -1,16 +1,28 @@
 //! What kbp adds to a container: a decorator around the plain task service.
 //!
 //! [`decorate`] returns a task service that forwards every call to the one it is given and does its own work around
-//! `create`, `start` and `delete`. The plain service knows nothing of this module, and this module nothing of ttrpc framing.
+//! `create`, `start`, `update`, `delete` and `shutdown`; the others it does not touch, so that `state` answers at once
+//! whatever happens here. The plain service knows nothing of this module, and this module nothing of ttrpc framing.
+//!
+//! What a pod asks for is read in [`asked`] at its first container and holds for all of them. [`pod`] is what a pod has:
+//! the notifier of its sockets, the attachment of its veth, its containers. [`treat`] decides what a container is given
+//! and edits its bundle; [`report`] is what the state file says. Everything that may block runs on threads for that.
 
-use std::path::Path;
-use std::sync::Arc;
+mod asked;
+mod cleanup;
+mod decorator;
+mod oci_runtime;
+#[allow(clippy::module_inception)]
+mod pod;
+mod report;
+#[cfg(test)]
+mod tests;
+mod treat;
 
-use async_trait::async_trait;
-use containerd_shim_protos::api;
-use containerd_shim_protos::protobuf::well_known_types::empty::Empty;
-use containerd_shim_protos::shim_async::Task;
-use containerd_shim_protos::ttrpc::{self, r#async::TtrpcContext};
+pub use cleanup::cleanup;
+pub use decorator::decorate;
+
+use containerd_shim_protos::ttrpc::{self, Code};
 
 /// What the shim knows about its pod before the first request.
 #[derive(Debug, Clone)]
@@ -21,153 +33,51 @@ pub struct Context {
     pub pod_id: String,
 }
 
-/// Wraps `next` so that its containers get what their pod's policy asks for.
-pub fn decorate(
-    next: Arc<dyn Task + Send + Sync>,
-    context: Context,
-) -> Arc<dyn Task + Send + Sync> {
-    Arc::new(Decorator {
-        next,
-        _context: context,
-    })
+/// Why a container is not created or started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Refusal {
+    /// Something that was written by somebody is not valid; the text names it, and what would be.
+    InvalidArgument(String),
+    /// `required` is set and something is missing; the text says what and why.
+    Precondition(String),
+    /// Something went wrong that nobody asked for.
+    Failed(String),
 }
 
-/// Removes what a pod of this id may have left behind when its shim was killed: state file, notifier socket.
-/// Never fails; what cannot be removed is logged.
-pub fn cleanup(_namespace: &str, _id: &str, _bundle: &Path) {}
-
-struct Decorator {
-    next: Arc<dyn Task + Send + Sync>,
-    _context: Context,
+impl std::fmt::Display for Refusal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (Self::InvalidArgument(text) | Self::Precondition(text) | Self::Failed(text)) = self;
+        f.pad(text)
+    }
 }
 
-#[async_trait]
-impl Task for Decorator {
-    async fn state(
-        &self,
-        ctx: &TtrpcContext,
-        request: api::StateRequest,
-    ) -> ttrpc::Result<api::StateResponse> {
-        self.next.state(ctx, request).await
+impl From<kbp_poller::Error> for Refusal {
+    fn from(error: kbp_poller::Error) -> Self {
+        use kbp_poller::Error;
+        let text = format!("kbp: {error}");
+        match error {
+            Error::InvalidValue { .. } | Error::UnknownKey { .. } | Error::Config { .. } => {
+                Self::InvalidArgument(text)
+            }
+            Error::Required { .. } => Self::Precondition(text),
+            _ => Self::Failed(text),
+        }
     }
+}
 
-    async fn create(
-        &self,
-        ctx: &TtrpcContext,
-        request: api::CreateTaskRequest,
-    ) -> ttrpc::Result<api::CreateTaskResponse> {
-        self.next.create(ctx, request).await
+impl From<crate::spec::Error> for Refusal {
+    fn from(error: crate::spec::Error) -> Self {
+        Self::InvalidArgument(format!("kbp: {error}"))
     }
+}
 
-    async fn start(
-        &self,
-        ctx: &TtrpcContext,
-        request: api::StartRequest,
-    ) -> ttrpc::Result<api::StartResponse> {
-        self.next.start(ctx, request).await
-    }
-
-    async fn delete(
-        &self,
-        ctx: &TtrpcContext,
-        request: api::DeleteRequest,
-    ) -> ttrpc::Result<api::DeleteResponse> {
-        self.next.delete(ctx, request).await
-    }
-
-    async fn pids(
-        &self,
-        ctx: &TtrpcContext,
-        request: api::PidsRequest,
-    ) -> ttrpc::Result<api::PidsResponse> {
-        self.next.pids(ctx, request).await
-    }
-
-    async fn pause(&self, ctx: &TtrpcContext, request: api::PauseRequest) -> ttrpc::Result<Empty> {
-        self.next.pause(ctx, request).await
-    }
-
-    async fn resume(
-        &self,
-        ctx: &TtrpcContext,
-        request: api::ResumeRequest,
-    ) -> ttrpc::Result<Empty> {
-        self.next.resume(ctx, request).await
-    }
-
-    async fn checkpoint(
-        &self,
-        ctx: &TtrpcContext,
-        request: api::CheckpointTaskRequest,
-    ) -> ttrpc::Result<Empty> {
-        self.next.checkpoint(ctx, request).await
-    }
-
-    async fn kill(&self, ctx: &TtrpcContext, request: api::KillRequest) -> ttrpc::Result<Empty> {
-        self.next.kill(ctx, request).await
-    }
-
-    async fn exec(
-        &self,
-        ctx: &TtrpcContext,
-        request: api::ExecProcessRequest,
-    ) -> ttrpc::Result<Empty> {
-        self.next.exec(ctx, request).await
-    }
-
-    async fn resize_pty(
-        &self,
-        ctx: &TtrpcContext,
-        request: api::ResizePtyRequest,
-    ) -> ttrpc::Result<Empty> {
-        self.next.resize_pty(ctx, request).await
-    }
-
-    async fn close_io(
-        &self,
-        ctx: &TtrpcContext,
-        request: api::CloseIORequest,
-    ) -> ttrpc::Result<Empty> {
-        self.next.close_io(ctx, request).await
-    }
-
-    async fn update(
-        &self,
-        ctx: &TtrpcContext,
-        request: api::UpdateTaskRequest,
-    ) -> ttrpc::Result<Empty> {
-        self.next.update(ctx, request).await
-    }
-
-    async fn wait(
-        &self,
-        ctx: &TtrpcContext,
-        request: api::WaitRequest,
-    ) -> ttrpc::Result<api::WaitResponse> {
-        self.next.wait(ctx, request).await
-    }
-
-    async fn stats(
-        &self,
-        ctx: &TtrpcContext,
-        request: api::StatsRequest,
-    ) -> ttrpc::Result<api::StatsResponse> {
-        self.next.stats(ctx, request).await
-    }
-
-    async fn connect(
-        &self,
-        ctx: &TtrpcContext,
-        request: api::ConnectRequest,
-    ) -> ttrpc::Result<api::ConnectResponse> {
-        self.next.connect(ctx, request).await
-    }
-
-    async fn shutdown(
-        &self,
-        ctx: &TtrpcContext,
-        request: api::ShutdownRequest,
-    ) -> ttrpc::Result<Empty> {
-        self.next.shutdown(ctx, request).await
+impl From<Refusal> for ttrpc::Error {
+    fn from(refusal: Refusal) -> Self {
+        let code = match refusal {
+            Refusal::InvalidArgument(_) => Code::INVALID_ARGUMENT,
+            Refusal::Precondition(_) => Code::FAILED_PRECONDITION,
+            Refusal::Failed(_) => Code::INTERNAL,
+        };
+        Self::RpcStatus(ttrpc::get_status(code, refusal))
     }
 }

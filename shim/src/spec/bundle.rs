@@ -14,8 +14,24 @@ use super::{Error, Result};
 /// Period of a CPU quota where the specification gives none (cpu.cfs_period_us' default).
 const DEFAULT_PERIOD: u64 = 100_000;
 
+/// Name of the file while it is written.
+const TEMPORARY: &str = ".config.json.kbp";
+
+/// Removes what a killed shim may have left of a half-written file; fine when there is nothing.
+pub fn remove_temporary(bundle: &Path) -> Result<()> {
+    let path = bundle.join(TEMPORARY);
+    match fs::remove_file(&path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Io {
+            what: "remove",
+            path,
+            source,
+        }),
+        _ => Ok(()),
+    }
+}
+
 /// A `config.json`: the file as it was found, and its content as it shall be.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Spec {
     path: PathBuf,
     original: Vec<u8>,
@@ -168,7 +184,7 @@ impl Spec {
 
     fn replace(&self, what: &'static str, text: &[u8]) -> Result<()> {
         // The runtime may read it at any moment, and half a file is worse than either whole one.
-        let temporary = self.path.with_file_name(".config.json.kbp");
+        let temporary = self.path.with_file_name(TEMPORARY);
         write_like(&self.path, &temporary, text)
             .and_then(|()| fs::rename(&temporary, &self.path))
             .map_err(|source| {

@@ -1,0 +1,486 @@
+//! What a pod has, from its first container to its last.
+//!
+//! Every method may block, on files, the kernel or the lock, and belongs on a thread for that.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use containerd_shim_protos::api;
+use kbp_kernel::netns::Netns;
+use kbp_poller::Error;
+use kbp_poller::attach::{AttachRequest, Outcome, attach};
+use kbp_poller::config::Config;
+use kbp_poller::state::{Degraded, Part, SocketCounters};
+use kbp_poller::window::Window;
+use tokio::sync::mpsc;
+
+use super::asked::{Asked, oci_runtime};
+use super::oci_runtime::OciRuntime;
+use super::report::{Bare, Report, Share, Sockets};
+use super::treat::{self, HOST_NETWORK, Means, Support};
+use super::{Context, Refusal};
+use crate::sockets::{Event, Notifier, Treatment};
+use crate::spec::{CpuLimits, Spec};
+
+const NO_INTERFACE: &str = "there is no interface in the pod's network namespace";
+
+/// Reads the node's settings.
+pub(super) type LoadConfig = Box<dyn Fn() -> kbp_poller::Result<Config> + Send + Sync>;
+
+/// The pod of a shim.
+pub(super) struct Pod {
+    context: Context,
+    events: mpsc::UnboundedSender<Event>,
+    /// Whether an interface may still come before the first process starts.
+    awaits_interface: AtomicBool,
+    config: LoadConfig,
+    /// Read where the lock may be held by work that hangs.
+    required: AtomicBool,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    /// Decided with the first container.
+    founded: Option<Founded>,
+    containers: BTreeMap<String, Container>,
+    notifier: Option<Notifier>,
+    report: Option<Report>,
+}
+
+/// What the first container decided for all.
+#[derive(Debug)]
+struct Founded {
+    asked: Asked,
+    /// The first container: its network is the pod's.
+    first: String,
+    support: Option<Support>,
+}
+
+#[derive(Debug)]
+struct Container {
+    sandbox: bool,
+    limits: CpuLimits,
+    window: Window,
+    /// None: it has no listener.
+    treatment: Option<Treatment>,
+    host_network: bool,
+    degraded: Vec<Degraded>,
+}
+
+/// A container that may be created.
+#[derive(Debug, Default)]
+pub(super) struct Prepared {
+    /// Whether this pod keeps it: it has to be [forgotten](Pod::forget) when its creation fails.
+    pub(super) kept: bool,
+    /// The specification as it was, when it was edited.
+    pub(super) edited: Option<Spec>,
+}
+
+impl Pod {
+    pub(super) fn new(
+        context: Context,
+        config: LoadConfig,
+        events: mpsc::UnboundedSender<Event>,
+    ) -> Self {
+        Self {
+            context,
+            config,
+            events,
+            awaits_interface: AtomicBool::new(false),
+            required: AtomicBool::new(false),
+            inner: Mutex::default(),
+        }
+    }
+
+    /// Whether [`Pod::attach`] is to be called again before the first process starts.
+    pub(super) fn awaits_interface(&self) -> bool {
+        self.awaits_interface.load(Ordering::Acquire)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Nothing between two statements that could panic leaves it half-changed.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Before a container is created: decides what it is given and edits its bundle. On a refusal nothing is left.
+    pub(super) fn prepare(&self, request: &api::CreateTaskRequest) -> Result<Prepared, Refusal> {
+        let mut inner = self.lock();
+        if inner.containers.contains_key(&request.id) {
+            // The plain service will refuse it, and what is there is the other one's.
+            return Ok(Prepared::default());
+        }
+        let spec = match Spec::read(Path::new(&request.bundle)) {
+            Ok(spec) => spec,
+            Err(error) => {
+                // Nothing can be said about this container but what the runtime will say.
+                tracing::warn!("kbp leaves container {} alone: {error}", request.id);
+                return Ok(Prepared::default());
+            }
+        };
+        let prepared = self.prepare_spec(&mut inner, spec, request);
+        if prepared.is_err() && inner.containers.is_empty() {
+            self.end_locked(&mut inner);
+        }
+        prepared
+    }
+
+    fn prepare_spec(
+        &self,
+        inner: &mut Inner,
+        mut spec: Spec,
+        request: &api::CreateTaskRequest,
+    ) -> Result<Prepared, Refusal> {
+        let founded = match inner.founded.take() {
+            Some(founded) => inner.founded.insert(founded),
+            None => inner.founded.insert(Founded {
+                asked: Asked::of(&spec, request.options.as_ref(), (self.config)()?)?,
+                first: request.id.clone(),
+                support: None,
+            }),
+        };
+        let required = founded.asked.policy.required;
+        self.required.store(required, Ordering::Release);
+        let limits = spec.cpu_limits();
+        let sandbox = spec.value()["annotations"]["io.kubernetes.cri.container-type"] == "sandbox";
+        let host_network = treat::is_host_network(&spec.network());
+        if host_network && required {
+            return Err(required_missing(Part::PollableVeth, HOST_NETWORK));
+        }
+        let mut container = Container {
+            sandbox,
+            window: Window {
+                micros: None,
+                reason: HOST_NETWORK.to_owned(),
+            },
+            limits,
+            treatment: None,
+            host_network,
+            degraded: Vec::new(),
+        };
+        let mut edited = None;
+        if !request.checkpoint.is_empty() {
+            // Its processes come back with the filters they had, or none.
+            container.window.reason = "the container is restored from a checkpoint".to_owned();
+        } else if !host_network {
+            container.window =
+                treat::window(&founded.asked, &container.limits, &self.context.pod_id);
+            edited = self.install(inner, &mut spec, &mut container, request);
+            if required && let Some(missing) = container.degraded.first() {
+                if let Some(notifier) = &inner.notifier {
+                    notifier.dismiss(&request.id);
+                }
+                restore(edited.as_ref());
+                return Err(required_missing(missing.part, &missing.reason));
+            }
+        }
+        self.add(inner, &request.id, container);
+        Ok(Prepared { kept: true, edited })
+    }
+
+    /// Installs the listener where the container has a window; the specification, when it was edited.
+    fn install(
+        &self,
+        inner: &mut Inner,
+        spec: &mut Spec,
+        container: &mut Container,
+        request: &api::CreateTaskRequest,
+    ) -> Option<Spec> {
+        let founded = inner.founded.as_mut()?;
+        container.window.micros?;
+        let config = &founded.asked.config;
+        let support = founded
+            .support
+            .get_or_insert_with(|| Support::probe(config));
+        let binary = oci_runtime(request.options.as_ref(), config);
+        let runtime = OciRuntime::ask(&binary, &config.state_dir);
+        let notifier = match inner.notifier.take() {
+            Some(notifier) => Ok(inner.notifier.insert(notifier)),
+            None => self
+                .start_notifier(&config.state_dir)
+                .map(|notifier| inner.notifier.insert(notifier)),
+        };
+        let notifier = notifier.map(|n| &*n);
+        let means = Means {
+            support,
+            runtime: &runtime,
+            notifier: notifier.clone(),
+        };
+        let treated = treat::install(spec, &container.window, &means);
+        container.degraded = treated.degraded;
+        let (treatment, notifier) = (treated.treatment?, notifier.ok()?);
+        // The runtime may connect as soon as it can read the file.
+        notifier.admit(&request.id, treatment);
+        if let Err(error) = spec.write() {
+            notifier.dismiss(&request.id);
+            container.degraded = treat::no_sockets(&error.to_string());
+            return None;
+        }
+        container.treatment = Some(treatment);
+        Some(spec.clone())
+    }
+
+    fn start_notifier(&self, state_dir: &Path) -> Result<Notifier, String> {
+        let events = self.events.clone();
+        // Nobody listens any more when the shim ends.
+        let tell = move |event| drop(events.send(event));
+        Notifier::start(
+            state_dir,
+            &self.context.namespace,
+            &self.context.pod_id,
+            tell,
+        )
+        .map_err(|e| e.to_string())
+    }
+
+    fn add(&self, inner: &mut Inner, id: &str, container: Container) {
+        for degraded in &container.degraded {
+            tracing::warn!(
+                "container {id}: {} is not active: {}",
+                degraded.part,
+                degraded.reason
+            );
+            if let Some(report) = &mut inner.report {
+                report.degrade(of_container(id, degraded));
+            }
+        }
+        tracing::info!(
+            "container {id}: busy-poll window {} ({})",
+            container
+                .window
+                .micros
+                .map_or_else(|| "off".to_owned(), |m| format!("{m} µs")),
+            container.window.reason
+        );
+        let host_network = container.host_network;
+        inner.containers.insert(id.to_owned(), container);
+        if host_network && inner.report.is_none() {
+            self.report_bare(inner, HOST_NETWORK);
+        }
+        inner.tell_sockets();
+    }
+
+    /// After a container was created: finds the pod's veth and has it polled. `last`: nothing can come any more.
+    ///
+    /// A failure undoes nothing but itself.
+    pub(super) fn attach(&self, id: &str, pid: u32, last: bool) -> Result<(), Refusal> {
+        let mut inner = self.lock();
+        let inner = &mut *inner;
+        let Some(founded) = &inner.founded else {
+            return Ok(());
+        };
+        let attached = matches!(inner.report, Some(Report::Attached(_)));
+        let host_network = inner.containers.get(id).is_none_or(|c| c.host_network);
+        if founded.first != id || attached || host_network {
+            return Ok(());
+        }
+        let required = founded.asked.policy.required;
+        let request = inner.request(&self.context, pid);
+        // What was said until now removes its file when it goes, which must not be the new one.
+        inner.report = None;
+        let outcome = request.and_then(|request| Ok(attach(request)?));
+        self.awaits_interface.store(false, Ordering::Release);
+        let missing = match outcome {
+            Ok(Outcome::Attached(attachment)) => {
+                inner.report = Some(Report::Attached(attachment));
+                inner.tell_sockets();
+                return Ok(());
+            }
+            Ok(Outcome::NoInterface) if !last => {
+                self.awaits_interface.store(true, Ordering::Release);
+                self.report_bare(inner, NO_INTERFACE);
+                return Ok(());
+            }
+            Ok(Outcome::NoInterface) => NO_INTERFACE.to_owned(),
+            Ok(Outcome::HostNetwork) => HOST_NETWORK.to_owned(),
+            Err(refusal) if required => return Err(refusal),
+            Err(refusal) => refusal.to_string(),
+        };
+        if required {
+            return Err(required_missing(Part::PollableVeth, &missing));
+        }
+        tracing::warn!("pod {}: {missing}", self.context.pod_id);
+        self.report_bare(inner, &missing);
+        Ok(())
+    }
+
+    fn report_bare(&self, inner: &mut Inner, reason: &str) {
+        let Some(founded) = &inner.founded else {
+            return;
+        };
+        let mut degraded = vec![Degraded {
+            part: Part::PollableVeth,
+            reason: reason.to_owned(),
+        }];
+        degraded.extend(inner.degraded());
+        // Before the new one writes its file, which has the same name.
+        inner.report = None;
+        let bare = Bare::new(
+            &self.context,
+            &founded.asked,
+            reason,
+            &inner.sockets(),
+            degraded,
+        );
+        inner.report = Some(Report::Bare(bare));
+        inner.tell_sockets();
+    }
+
+    /// After a container's limits have changed: its sockets get the window that fits them from now on.
+    pub(super) fn update(&self, id: &str, change: &CpuLimits) {
+        let mut inner = self.lock();
+        let inner = &mut *inner;
+        let (Some(founded), Some(container)) = (&inner.founded, inner.containers.get_mut(id))
+        else {
+            return;
+        };
+        container.limits = container.limits.updated(change);
+        if container.host_network {
+            return;
+        }
+        container.window = treat::window(&founded.asked, &container.limits, &self.context.pod_id);
+        match (&mut container.treatment, &inner.notifier) {
+            (Some(treatment), Some(notifier)) => {
+                treatment.window = container.window.micros;
+                notifier.admit(id, *treatment);
+            }
+            // A filter is installed with the process or never.
+            _ if container.window.micros.is_some() => {
+                container.window.micros = None;
+                container
+                    .window
+                    .reason
+                    .push_str(", but the container was created without a listener");
+            }
+            _ => {}
+        }
+        inner.tell_sockets();
+    }
+
+    /// After a container is gone, or its creation failed. With the last one everything goes.
+    pub(super) fn forget(&self, id: &str) {
+        let mut inner = self.lock();
+        if inner.containers.remove(id).is_none() {
+            return;
+        }
+        if inner.containers.is_empty() {
+            self.end_locked(&mut inner);
+            return;
+        }
+        if let Some(notifier) = &inner.notifier {
+            notifier.dismiss(id);
+        }
+        inner.tell_sockets();
+    }
+
+    /// Whether the pod's policy says `required`; false before its first container.
+    pub(super) fn is_required(&self) -> bool {
+        self.required.load(Ordering::Acquire)
+    }
+
+    /// Whether there is no container.
+    pub(super) fn is_empty(&self) -> bool {
+        self.lock().containers.is_empty()
+    }
+
+    /// Detaches and ends the notifier, whoever may be left.
+    pub(super) fn end(&self) {
+        self.end_locked(&mut self.lock());
+    }
+
+    fn end_locked(&self, inner: &mut Inner) {
+        self.awaits_interface.store(false, Ordering::Release);
+        *inner = Inner::default();
+    }
+
+    /// Something did not work for a socket.
+    pub(super) fn degrade(&self, degraded: Degraded) {
+        if let Some(report) = &mut self.lock().report {
+            report.degrade(degraded);
+        }
+    }
+
+    /// Brings the counters of the state file up to date.
+    pub(super) fn count(&self) {
+        self.lock().tell_sockets();
+    }
+}
+
+impl Inner {
+    fn sockets(&self) -> Sockets {
+        let shares: Vec<Share<'_>> = self
+            .containers
+            .iter()
+            .map(|(id, c)| Share {
+                id,
+                sandbox: c.sandbox,
+                window: &c.window,
+                cpuset: c.limits.cpuset(),
+            })
+            .collect();
+        Sockets::of(&shares)
+    }
+
+    fn degraded(&self) -> Vec<Degraded> {
+        self.containers
+            .iter()
+            .flat_map(|(id, c)| c.degraded.iter().map(|d| of_container(id, d)))
+            .collect()
+    }
+
+    fn tell_sockets(&mut self) {
+        let sockets = self.sockets();
+        let counters = self
+            .notifier
+            .as_ref()
+            .map_or_else(SocketCounters::default, Notifier::counters);
+        if let Some(report) = &mut self.report {
+            report.set_sockets(&sockets, counters);
+        }
+    }
+
+    fn request(&self, context: &Context, pid: u32) -> Result<AttachRequest, Refusal> {
+        let founded = self
+            .founded
+            .as_ref()
+            .ok_or_else(|| Refusal::Failed("kbp: no container".to_owned()))?;
+        let sockets = self.sockets();
+        Ok(AttachRequest {
+            id: context.pod_id.clone(),
+            namespace: context.namespace.clone(),
+            netns: Netns::of_process(pid).map_err(Error::from)?,
+            policy: founded.asked.policy,
+            cpuset: sockets.cpuset,
+            window: sockets.window,
+            degraded: self.degraded(),
+            config: founded.asked.config.clone(),
+        })
+    }
+}
+
+/// Puts a bundle back as it was.
+pub(super) fn restore(edited: Option<&Spec>) {
+    if let Some(spec) = edited
+        && let Err(error) = spec.restore()
+    {
+        // Of a container that was refused, the bundle goes next.
+        tracing::debug!("{error}");
+    }
+}
+
+fn required_missing(part: Part, reason: &str) -> Refusal {
+    Error::Required {
+        part,
+        reason: reason.to_owned(),
+    }
+    .into()
+}
+
+fn of_container(id: &str, degraded: &Degraded) -> Degraded {
+    Degraded {
+        part: degraded.part,
+        reason: format!("container {id}: {}", degraded.reason),
+    }
+}
