@@ -1,17 +1,12 @@
 //! What an OCI runtime can do with a seccomp listener, by asking it.
 
-use std::fs;
 use std::io::Read;
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 
 /// How long a runtime may take to tell.
 const LIMIT: Duration = Duration::from_secs(3);
@@ -21,7 +16,7 @@ const MAX_ANSWER: u64 = 1024 * 1024;
 const WAIT_KILLABLE: &str = "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV";
 
 /// What matters of an OCI runtime.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct OciRuntime {
     /// Why it cannot install a listener, where it says so itself.
     pub(super) unable: Option<String>,
@@ -32,36 +27,9 @@ pub(super) struct OciRuntime {
 }
 
 impl OciRuntime {
-    /// Asks `binary`, or looks up what it said before: asking takes several milliseconds, and most pods of a node have the
-    /// same runtime. A runtime that does not tell is tried.
-    pub(super) fn ask(binary: &str, state_dir: &Path) -> Self {
-        let Some(path) = cache_file(binary, state_dir) else {
-            return Self::default();
-        };
-        let known = fs::read(&path)
-            .ok()
-            .and_then(|text| serde_json::from_slice(&text).ok());
-        if let Some(known) = known {
-            return known;
-        }
-        let Some(answer) = output(binary, "features") else {
-            return Self::default();
-        };
-        let told = Self::read(binary, &answer);
-        if let Err(error) = told.keep(&path) {
-            tracing::debug!("keep what {binary} told in {}: {error}", path.display());
-        }
-        told
-    }
-
-    fn keep(&self, path: &Path) -> std::io::Result<()> {
-        if let Some(dir) = path.parent() {
-            fs::create_dir_all(dir)?;
-        }
-        // Two shims may write at a time: each its own file, and the last name wins.
-        let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
-        fs::write(&temporary, serde_json::to_vec(self)?)?;
-        fs::rename(&temporary, path)
+    /// Asks `binary`. A runtime that does not tell, as older ones do, is tried.
+    pub(super) fn ask(binary: &str) -> Self {
+        Self::read(binary, &output(binary, "features").unwrap_or_default())
     }
 
     /// Understands the answer to `features` (runtime specification, "Features Structure").
@@ -95,35 +63,6 @@ impl OciRuntime {
             is_runc: features["annotations"]["org.opencontainers.runc.version"].is_string(),
         }
     }
-}
-
-/// File for what the binary told, named by what identifies it; None when there is no such binary.
-fn cache_file(binary: &str, state_dir: &Path) -> Option<PathBuf> {
-    let path = find(binary)?;
-    let meta = fs::metadata(&path).ok()?;
-    let identity = format!(
-        "{} {} {} {} {}.{:09}",
-        env!("CARGO_PKG_VERSION"),
-        path.display(),
-        meta.ino(),
-        meta.len(),
-        meta.mtime(),
-        meta.mtime_nsec()
-    );
-    let hash = Sha256::digest(identity.as_bytes());
-    let name: String = hash[..8].iter().map(|b| format!("{b:02x}")).collect();
-    Some(state_dir.join("runtimes").join(format!("{name}.json")))
-}
-
-/// Where the shell would find it.
-fn find(binary: &str) -> Option<PathBuf> {
-    if binary.contains('/') {
-        return Some(binary.into());
-    }
-    let path = std::env::var_os("PATH")?;
-    std::env::split_paths(&path)
-        .map(|dir| dir.join(binary))
-        .find(|p| p.is_file())
 }
 
 /// What `binary verb` prints; None when it cannot be run, or does not end in time.
@@ -174,7 +113,9 @@ fn read_bounded(mut from: impl Read + AsFd, until: Instant) -> Option<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::os::unix::fs::PermissionsExt;
+    use std::path::Path;
 
     use super::*;
 
@@ -210,43 +151,17 @@ mod tests {
 
     #[test]
     fn real_runtimes_are_understood() {
-        let dir = tempfile::tempdir().expect("tempdir");
-        let runc = OciRuntime::ask("runc", dir.path());
+        let runc = OciRuntime::ask("runc");
         assert!(runc.is_runc && runc.unable.is_none(), "{runc:?}");
-        let crun = OciRuntime::ask("crun", dir.path());
+        let crun = OciRuntime::ask("crun");
         assert!(!crun.is_runc && crun.unable.is_none(), "{crun:?}");
-    }
-
-    #[test]
-    fn a_runtime_is_asked_once_until_it_changes() {
-        let dir = tempfile::tempdir().expect("tempdir");
-        let state = dir.path().join("state");
-        let count = dir.path().join("count");
-        let asked = || fs::read_to_string(&count).unwrap_or_default().len();
-        let binary = script(
-            dir.path(),
-            &format!("printf x >> {}; echo '{{}}'", count.display()),
-        );
-        for _ in 0..3 {
-            assert_eq!(OciRuntime::ask(&binary, &state), OciRuntime::default());
-        }
-        assert_eq!(asked(), 1);
-        script(
-            dir.path(),
-            &format!("printf xx >> {}; echo '{{}}'", count.display()),
-        );
-        OciRuntime::ask(&binary, &state);
-        assert_eq!(asked(), 3);
     }
 
     #[test]
     fn what_cannot_be_asked_is_tried() {
         let dir = tempfile::tempdir().expect("tempdir");
-        assert_eq!(
-            OciRuntime::ask("/nowhere/runc", dir.path()),
-            OciRuntime::default()
-        );
+        assert_eq!(OciRuntime::ask("/nowhere/runc"), OciRuntime::default());
         let endless = script(dir.path(), "exec cat /dev/zero");
-        assert_eq!(OciRuntime::ask(&endless, dir.path()), OciRuntime::default());
+        assert_eq!(OciRuntime::ask(&endless), OciRuntime::default());
     }
 }

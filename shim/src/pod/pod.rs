@@ -46,6 +46,8 @@ struct Inner {
     /// Decided with the first container.
     founded: Option<Founded>,
     containers: BTreeMap<String, Container>,
+    /// What the OCI runtimes of this pod can do, by their binary.
+    runtimes: BTreeMap<String, OciRuntime>,
     notifier: Option<Notifier>,
     report: Option<Report>,
 }
@@ -195,7 +197,10 @@ impl Pod {
             .support
             .get_or_insert_with(|| Support::probe(config));
         let binary = oci_runtime(request.options.as_ref(), config);
-        let runtime = OciRuntime::ask(&binary, &config.state_dir);
+        let runtime = inner
+            .runtimes
+            .entry(binary.clone())
+            .or_insert_with(|| OciRuntime::ask(&binary));
         let notifier = match inner.notifier.take() {
             Some(notifier) => Ok(inner.notifier.insert(notifier)),
             None => self
@@ -205,7 +210,7 @@ impl Pod {
         let notifier = notifier.map(|n| &*n);
         let means = Means {
             support,
-            runtime: &runtime,
+            runtime,
             notifier: notifier.clone(),
         };
         let treated = treat::install(spec, &container.window, &means);
@@ -301,7 +306,7 @@ impl Pod {
         if required {
             return Err(required_missing(Part::PollableVeth, &missing));
         }
-        tracing::warn!("pod {}: {missing}", self.context.pod_id);
+        tracing::info!("pod {}: {missing}", self.context.pod_id);
         self.report_bare(inner, &missing);
         Ok(())
     }
