@@ -71,8 +71,11 @@ impl Container {
         self.publish_exit(&self.init, exit).await;
     }
 
-    pub(super) fn watch_exec(self: &Arc<Self>, process: Arc<Process>, adoption: &Adoption) {
-        let ended = adoption.watch(process.pid());
+    pub(super) fn watch_exec(
+        self: &Arc<Self>,
+        process: Arc<Process>,
+        ended: oneshot::Receiver<Exit>,
+    ) {
         let this = Arc::clone(self);
         tokio::spawn(async move {
             if let Ok(exit) = ended.await {

@@ -6,6 +6,7 @@ use std::time::SystemTime;
 
 use containerd_shim_protos::api::{ExecProcessRequest, Status};
 use containerd_shim_protos::events::task as events;
+use tokio::sync::oneshot;
 
 use super::{Container, check_id, read_pid};
 use crate::task::error::{Error, Result};
@@ -80,9 +81,9 @@ impl Container {
                 self.id
             )));
         }
-        let adoption = self.around.reaper.adopt();
         match self.run_exec(&exec).await {
-            Ok(pid) => {
+            Ok(ended) => {
+                let pid = process.pid();
                 process.set_status(Status::RUNNING);
                 self.around.publisher.publish(&events::TaskExecStarted {
                     container_id: self.id.clone(),
@@ -90,7 +91,7 @@ impl Container {
                     pid,
                     ..Default::default()
                 });
-                self.watch_exec(Arc::clone(process), &adoption);
+                self.watch_exec(Arc::clone(process), ended);
                 Ok(pid)
             }
             Err(error) => {
@@ -106,7 +107,8 @@ impl Container {
         }
     }
 
-    async fn run_exec(&self, exec: &Exec) -> Result<u32> {
+    /// Returns what resolves when the process has ended.
+    async fn run_exec(&self, exec: &Exec) -> Result<oneshot::Receiver<Exit>> {
         let process = &exec.process;
         let mut prepared = Prepared::new(&process.stdio, self.origin(&process.id)).await?;
         let spec_file = format!("{}-process.json", process.id);
@@ -128,6 +130,7 @@ impl Container {
             command.args(["--console-socket", socket]);
         }
         command.arg(&self.id);
+        let adoption = self.around.reaper.adopt();
         let stdio = prepared.take_child();
         let ran = self.runtime.run(&self.around.reaper, command, stdio).await;
         let _ = fs::remove_file(&spec_path);
@@ -137,16 +140,16 @@ impl Container {
         let pid = read_pid(&pid_path);
         let _ = fs::remove_file(&pid_path);
         let pid = pid?;
+        let ended = adoption.watch(pid);
         match prepared.start().await {
             Ok(io) => process.set_created(pid, io),
             Err(error) => {
-                // Without its streams nobody can use it. The container's processes are not reaped under another's pid
-                // before the kernel has wrapped around, so this one is still meant.
-                let _ = kbp_kernel::process::kill(pid, 9);
+                // Without its streams nobody can use it.
+                let _ = self.around.reaper.signal(pid, 9);
                 return Err(error);
             }
         }
-        Ok(pid)
+        Ok(ended)
     }
 
     /// Removes an exec'd process that does not run.

@@ -1,0 +1,249 @@
+//! The binary as containerd calls it: start, delete, -info, -v, and how the server ends.
+
+use std::fs;
+use std::path::Path;
+
+use crate::support::{World, annotations, until, within};
+use containerd_shim_protos::api;
+use containerd_shim_protos::protobuf::Message;
+use containerd_shim_protos::types::introspection::RuntimeInfo;
+use serde_json::Value;
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).expect("text")
+}
+
+#[tokio::test]
+async fn each_generation_gets_the_answer_that_it_understands() {
+    let world = World::new().await;
+    let input = world.any_options().write_to_bytes().expect("encode");
+    // 1.6 says nothing, 1.7 says 2 and is no program of version 2's module.
+    for (id, version) in [
+        ("plain-a", None),
+        ("plain-b", Some("2")),
+        ("json", Some("3")),
+    ] {
+        let bundle = world.add_bundle(id, &["true"]);
+        let mut command = world.binary(id, &["start"]);
+        command.envs(version.map(|version| ("MAX_SHIM_VERSION", version)));
+        let output = world.run(command, &input);
+        assert!(
+            output.status.success() && output.stderr.is_empty(),
+            "{output:?}"
+        );
+        let address = if id == "json" {
+            let answer: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+            assert_eq!(
+                (&answer["version"], &answer["protocol"]),
+                (&3.into(), &"ttrpc".into())
+            );
+            answer["address"].as_str().expect("an address").to_owned()
+        } else {
+            text(&output.stdout).to_owned()
+        };
+        assert!(
+            address.starts_with("unix:///run/containerd/s/"),
+            "{address}"
+        );
+        assert_eq!(
+            fs::read_to_string(bundle.join("address")).expect("the file"),
+            address
+        );
+        world.connect(&address).await.end().await;
+        assert!(
+            !Path::new(address.trim_start_matches("unix://")).exists(),
+            "the socket is gone"
+        );
+    }
+}
+
+#[tokio::test]
+async fn containers_of_a_group_share_a_server() {
+    for group in [
+        "io.kubernetes.cri.sandbox-id",
+        "io.containerd.runc.v2.group",
+    ] {
+        let world = World::new().await;
+        for id in ["first", "second", "other"] {
+            let value = if id == "other" { "pod-2" } else { "pod-1" };
+            world.add_bundle_with(id, &["true"], |spec| {
+                spec["annotations"] =
+                    serde_json::to_value(annotations(&[(group, value)])).expect("JSON");
+            });
+        }
+        let first = world.start_shim("first").await;
+        let second = world.start_shim("second").await;
+        let other = world.start_shim("other").await;
+        assert_eq!(first.pid, second.pid);
+        assert_eq!(first.address, second.address);
+        assert_ne!(first.pid, other.pid);
+        assert_eq!(
+            fs::read_to_string(world.bundle("second").join("address")).expect("the file"),
+            second.address
+        );
+
+        within(first.create(&world.create_request("first")))
+            .await
+            .expect("create");
+        within(second.create(&world.create_request("second")))
+            .await
+            .expect("create");
+        // The first is in use still: no shutdown.
+        second.remove("second", "").await.expect("delete");
+        second
+            .shutdown(&api::ShutdownRequest::new())
+            .await
+            .expect("shutdown");
+        assert_eq!(first.status("first", "").await, api::Status::CREATED);
+        first.remove("first", "").await.expect("delete");
+        first.end().await;
+        other.end().await;
+        assert_eq!(world.leftovers("first"), [""; 0]);
+    }
+}
+
+#[tokio::test]
+async fn a_socket_that_nobody_serves_is_replaced() {
+    let world = World::new().await;
+    world.add_bundle("c", &["true"]);
+    let shim = world.start_shim("c").await;
+    kbp_kernel::process::kill(shim.pid, 9).expect("kill");
+    until("the server's end", || {
+        !Path::new(&format!("/proc/{}/exe", shim.pid)).exists()
+    })
+    .await;
+    assert!(
+        Path::new(shim.address.trim_start_matches("unix://")).exists(),
+        "nobody removed it"
+    );
+    let again = world.start_shim("c").await;
+    assert_eq!(again.address, shim.address);
+    assert_ne!(again.pid, shim.pid);
+    again.end().await;
+}
+
+#[tokio::test]
+async fn delete_clears_what_a_killed_server_left_and_can_be_repeated() {
+    let world = World::new().await;
+    let shim = world.created("c", &["sleep", "1000"]).await;
+    let init = shim.start_init("c").await;
+    kbp_kernel::process::kill(shim.pid, 9).expect("kill");
+    until("the server's end", || {
+        !Path::new(&format!("/proc/{}/exe", shim.pid)).exists()
+    })
+    .await;
+    assert_ne!(world.leftovers("c"), [""; 0], "the container runs still");
+    for round in 0..2 {
+        let output = world.run(world.binary("c", &["delete"]), b"");
+        assert!(
+            output.status.success() && output.stderr.is_empty(),
+            "{output:?}"
+        );
+        let answer =
+            api::DeleteResponse::parse_from_bytes(&output.stdout).expect("a DeleteResponse");
+        assert_eq!(
+            (answer.pid, answer.exit_status),
+            (init, 137),
+            "round {round}"
+        );
+        assert!(answer.exited_at.seconds > 0);
+        assert_eq!(world.leftovers("c"), [""; 0], "round {round}");
+    }
+    until("the init's end", || {
+        !Path::new(&format!("/proc/{init}/exe")).exists()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn delete_of_what_never_was() {
+    let world = World::new().await;
+    let bundle = world.add_bundle("c", &["true"]);
+    let output = world.run(world.binary("c", &["delete"]), b"");
+    assert!(
+        output.status.success() && output.stderr.is_empty(),
+        "{output:?}"
+    );
+    let answer = api::DeleteResponse::parse_from_bytes(&output.stdout).expect("a DeleteResponse");
+    assert_eq!((answer.pid, answer.exit_status), (0, 137));
+
+    let mut command = world.binary("c", &["-bundle", "/nonexistent/bundle", "delete"]);
+    command.current_dir("/");
+    assert!(world.run(command, b"").status.success());
+    fs::remove_dir_all(bundle).expect("remove the bundle");
+}
+
+#[tokio::test]
+async fn info_tells_the_runtime_and_its_features() {
+    let world = World::new().await;
+    world.add_bundle("c", &["true"]);
+    let options = world.any_options();
+    let output = world.run(
+        world.binary("c", &["-info"]),
+        &options.write_to_bytes().expect("encode"),
+    );
+    assert!(
+        output.status.success() && output.stderr.is_empty(),
+        "{output:?}"
+    );
+    let info = RuntimeInfo::parse_from_bytes(&output.stdout).expect("a RuntimeInfo");
+    assert_eq!(info.name, "io.containerd.kbp.v1");
+    assert_eq!(info.version.version, env!("CARGO_PKG_VERSION"));
+    assert_eq!(info.options.value, options.value);
+    let features: Value = serde_json::from_slice(&info.features.value).expect("JSON");
+    assert!(features["linux"]["namespaces"].is_array(), "{features}");
+    assert!(info.features.type_url.ends_with("features/Features"));
+}
+
+#[tokio::test]
+async fn what_is_wrong_is_told_on_standard_error() {
+    let world = World::new().await;
+    world.add_bundle("c", &["true"]);
+    let version = world.run(world.binary("c", &["-v"]), b"");
+    assert!(text(&version.stdout).contains(env!("CARGO_PKG_VERSION")));
+
+    let output = world.run(world.binary("c", &["-nonsense", "start"]), b"");
+    assert!(!output.status.success() && output.stdout.is_empty());
+    assert!(
+        text(&output.stderr).contains("-nonsense"),
+        "{}",
+        text(&output.stderr)
+    );
+
+    fs::write(world.bundle("c").join("config.json"), "{").expect("write");
+    let output = world.run(world.binary("c", &["start"]), b"");
+    assert!(!output.status.success() && output.stdout.is_empty());
+    assert!(
+        text(&output.stderr).contains("config.json"),
+        "{}",
+        text(&output.stderr)
+    );
+}
+
+#[tokio::test]
+async fn the_server_is_a_quiet_subreaper_without_huge_pages() {
+    let world = World::new().await;
+    world.add_bundle("c", &["true"]);
+    let shim = world.start_shim("c").await;
+    let proc = |name: &str| {
+        fs::read_to_string(format!("/proc/{}/{name}", shim.pid)).expect("a file of /proc")
+    };
+    let status = proc("status");
+    let field = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.unwrap_or_else(|| panic!("no {name}"))
+            .trim()
+            .to_owned()
+    };
+    assert_eq!(field("THP_enabled:"), "0");
+    let ignored = u64::from_str_radix(&field("SigIgn:"), 16).expect("hexadecimal");
+    assert_ne!(ignored & 1 << (13 - 1), 0, "SIGPIPE is ignored");
+    for fd in 0..3 {
+        let target = fs::read_link(format!("/proc/{}/fd/{fd}", shim.pid)).expect("a descriptor");
+        assert_eq!(target, Path::new("/dev/null"), "descriptor {fd}");
+    }
+    let own = fs::read_to_string("/proc/self/oom_score_adj").expect("own score");
+    let score: i32 = proc("oom_score_adj").trim().parse().expect("a number");
+    assert_eq!(score, own.trim().parse::<i32>().expect("a number") + 1);
+    shim.end().await;
+}

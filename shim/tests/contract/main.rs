@@ -1,0 +1,9 @@
+//! The shim as containerd uses it, without containerd: its binary, its Task service, its events.
+//!
+//! Needs root, runc and busybox-static.
+
+mod bootstrap;
+mod lifecycle;
+mod runtimes;
+mod streams;
+mod support;

@@ -1,0 +1,276 @@
+//! The OCI runtime's side: which one is called, what it says when it fails, and that a slow one keeps nobody waiting.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use containerd_shim_protos::api;
+use containerd_shim_protos::protobuf::MessageField;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::ttrpc::Code;
+use serde_json::json;
+
+use crate::support::{World, refused, until};
+
+/// containerd gives `State` two seconds, and tears a container down whose answer comes later.
+const STATE_LIMIT: Duration = Duration::from_secs(1);
+
+/// A runtime that is runc, after `prologue`, which sees the verb in `$verb` and the world in `$world`.
+fn add_runtime(world: &mut World, prologue: &str) {
+    let path = world.path("runtime");
+    let script = format!(
+        "#!/bin/sh\nworld={}\nall=\" $* \"\nfor verb in create start exec kill delete pause resume ps checkpoint; do\n\
+         case \"$all\" in *\" $verb \"*) break;; esac\ndone\necho \"$*\" >> $world/calls\n{prologue}\nexec runc \"$@\"\n",
+        world.path("").display(),
+    );
+    fs::write(&path, script).expect("write the runtime");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("make it executable");
+    world.options.binary_name = path.display().to_string();
+}
+
+fn calls(world: &World) -> String {
+    fs::read_to_string(world.path("calls")).unwrap_or_default()
+}
+
+#[tokio::test]
+async fn state_answers_while_the_runtime_takes_its_time() {
+    let mut world = World::new().await;
+    // Each of these verbs waits until the test lets it go on.
+    add_runtime(
+        &mut world,
+        "case $verb in start|pause|kill|exec|delete) while [ ! -e $world/go ]; do sleep 0.02; done; sleep 0.05;; esac",
+    );
+    let go = world.path("go");
+    let shim = world.created("c", &["sleep", "1000"]).await;
+    world.add_bundle("d", &["sleep", "1000"]);
+    shim.create(&world.create_request("d"))
+        .await
+        .expect("create");
+
+    let start = api::StartRequest {
+        id: "c".to_owned(),
+        ..Default::default()
+    };
+    let pause = api::PauseRequest {
+        id: "c".to_owned(),
+        ..Default::default()
+    };
+    let kill = api::KillRequest {
+        id: "c".to_owned(),
+        signal: 9,
+        ..Default::default()
+    };
+    let delete = api::DeleteRequest {
+        id: "c".to_owned(),
+        ..Default::default()
+    };
+    let add_exec = shim.add_exec("c", "x", &["sleep", "1000"]);
+    add_exec.await.expect("exec");
+    let start_exec = api::StartRequest {
+        id: "c".to_owned(),
+        exec_id: "x".to_owned(),
+        ..Default::default()
+    };
+
+    for verb in ["start", "exec", "pause", "kill", "delete"] {
+        let _ = fs::remove_file(&go);
+        let before = calls(&world).lines().count();
+        let call = async {
+            match verb {
+                "start" => shim.start(&start).await.map(drop),
+                "exec" => shim.start(&start_exec).await.map(drop),
+                "pause" => shim.pause(&pause).await.map(drop),
+                "kill" => shim.kill(&kill).await.map(drop),
+                _ => shim.delete(&delete).await.map(drop),
+            }
+        };
+        let looks = async {
+            until("the runtime's run", || {
+                calls(&world).lines().count() > before
+            })
+            .await;
+            for (id, exec_id) in [("c", ""), ("c", "x"), ("d", "")] {
+                let asked = Instant::now();
+                shim.status(id, exec_id).await;
+                assert!(
+                    asked.elapsed() < STATE_LIMIT,
+                    "state of {id}/{exec_id} during {verb}: {:?}",
+                    asked.elapsed()
+                );
+            }
+            fs::write(&go, "").expect("let it go on");
+        };
+        let (called, ()) = tokio::join!(call, looks);
+        called.unwrap_or_else(|error| panic!("{verb}: {error}"));
+        match verb {
+            "pause" => {
+                let resume = api::ResumeRequest {
+                    id: "c".to_owned(),
+                    ..Default::default()
+                };
+                shim.resume(&resume).await.expect("resume");
+            }
+            "kill" => assert_eq!(shim.exit_status("c", "").await, 137),
+            _ => {}
+        }
+    }
+}
+
+#[tokio::test]
+async fn options_reach_the_runtime() {
+    let mut world = World::new().await;
+    add_runtime(&mut world, "");
+    world.options.no_pivot_root = true;
+    world.options.no_new_keyring = true;
+    let shim = world.created("c", &["true"]).await;
+    let create = calls(&world);
+    let bundle = world.bundle("c").display().to_string();
+    for part in [
+        format!("--root {}/test", world.path("runc").display()),
+        format!("--log {bundle}/log.json --log-format json"),
+        format!("create --bundle {bundle} --pid-file init.pid --no-pivot --no-new-keyring c"),
+    ] {
+        assert!(create.contains(&part), "{part} in {create}");
+    }
+    assert!(!create.contains("--systemd-cgroup"));
+    // What `delete` needs after a crash.
+    let stored =
+        fs::read_to_string(world.bundle("c").join("options.json")).expect("stored options");
+    assert!(stored.contains("\"binary_name\""), "{stored}");
+    shim.remove("c", "").await.expect("delete");
+}
+
+#[tokio::test]
+async fn cri_s_options_are_understood_from_body_and_file() {
+    let mut world = World::new().await;
+    add_runtime(&mut world, "");
+    let toml = format!(
+        "BinaryName = {:?}\nRoot = {:?}\nSystemdCgroup = false\nsomebody_else = \"key\"\n",
+        world.options.binary_name, world.options.root
+    );
+    let file = world.path("options.toml");
+    fs::write(&file, &toml).expect("write");
+    let field = |number: u8, text: &str| {
+        let mut bytes = vec![
+            number << 3 | 2,
+            (text.len() & 0x7f) as u8 | 0x80,
+            (text.len() >> 7) as u8,
+        ];
+        bytes.extend(text.bytes());
+        bytes
+    };
+    for (id, value) in [
+        ("body", field(3, &toml)),
+        ("file", field(2, &file.display().to_string())),
+    ] {
+        world.add_bundle(id, &["true"]);
+        let shim = world.start_shim(id).await;
+        let mut request = world.create_request(id);
+        request.options = MessageField::some(Any {
+            type_url: "runtimeoptions.v1.Options".to_owned(),
+            value,
+            ..Default::default()
+        });
+        let before = calls(&world).lines().count();
+        shim.create(&request).await.expect("create");
+        assert!(
+            calls(&world).lines().count() > before,
+            "{id}: not our runtime"
+        );
+        assert!(
+            world.path("runc/test").join(id).exists(),
+            "{id}: not our root"
+        );
+        shim.remove(id, "").await.expect("delete");
+
+        request.options = MessageField::some(Any {
+            type_url: "example.Options".to_owned(),
+            ..Default::default()
+        });
+        let (code, message) = refused(shim.create(&request).await);
+        assert_eq!(code, Code::INVALID_ARGUMENT);
+        assert!(message.contains("example.Options"), "{message}");
+    }
+}
+
+#[tokio::test]
+async fn a_systemd_cgroup_path_is_recognised() {
+    let mut world = World::new().await;
+    add_runtime(&mut world, "[ $verb = create ] && exit 1");
+    world.add_bundle_with("c", &["true"], |spec| {
+        spec["linux"]["cgroupsPath"] = json!("user.slice:kbp:c")
+    });
+    let shim = world.start_shim("c").await;
+    shim.create(&world.create_request("c"))
+        .await
+        .expect_err("the runtime fails");
+    assert!(
+        calls(&world).contains("--systemd-cgroup create"),
+        "{}",
+        calls(&world)
+    );
+}
+
+#[tokio::test]
+async fn a_runtime_that_fails_without_a_log_is_quoted() {
+    let mut world = World::new().await;
+    add_runtime(
+        &mut world,
+        "[ $verb = start ] && { echo 'no such luck' >&2; exit 3; }",
+    );
+    let shim = world.created("c", &["true"]).await;
+    let start = api::StartRequest {
+        id: "c".to_owned(),
+        ..Default::default()
+    };
+    let (code, message) = refused(shim.start(&start).await);
+    assert_eq!(
+        (code, message.as_str()),
+        (Code::UNKNOWN, "OCI runtime start failed: no such luck")
+    );
+
+    let mut world = World::new().await;
+    world.options.binary_name = "/nonexistent/runtime".to_owned();
+    world.add_bundle("c", &["true"]);
+    let shim = world.start_shim("c").await;
+    let (_, message) = refused(shim.create(&world.create_request("c")).await);
+    assert!(
+        message.contains("/nonexistent/runtime") && message.contains("not found"),
+        "{message}"
+    );
+}
+
+#[tokio::test]
+async fn a_checkpoint_is_the_runtime_s_with_criu() {
+    let mut world = World::new().await;
+    add_runtime(&mut world, "[ $verb = checkpoint ] && exit 0");
+    let criu = world.path("criu");
+    fs::write(&criu, "").expect("write");
+    world.add_bundle("c", &["sleep", "1000"]);
+    let mut command = world.binary("c", &["start"]);
+    let path = std::env::var("PATH").expect("a PATH");
+    command.env("PATH", format!("{}:{path}", world.path("").display()));
+    let output = world.run(command, &world.bootstrap_params("c"));
+    let result = <containerd_shim_protos::bootstrap_api::BootstrapResult as containerd_shim_protos::protobuf::Message>::parse_from_bytes(&output.stdout)
+        .expect("a BootstrapResult");
+    let shim = world.connect(&result.address).await;
+    shim.create(&world.create_request("c"))
+        .await
+        .expect("create");
+    shim.start_init("c").await;
+    let request = api::CheckpointTaskRequest {
+        id: "c".to_owned(),
+        path: "/images".to_owned(),
+        ..Default::default()
+    };
+    shim.checkpoint(&request).await.expect("checkpoint");
+    let call = calls(&world).lines().last().expect("a call").to_owned();
+    let work = world.bundle("c").join("criu-work");
+    let expected = format!(
+        "checkpoint --image-path /images --work-path {} --leave-running c",
+        work.display()
+    );
+    assert!(call.ends_with(&expected), "{call}");
+    assert!(!Path::new(&work).exists());
+}

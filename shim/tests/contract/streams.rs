@@ -1,0 +1,249 @@
+//! Standard streams: fifos, files, terminals, logging binaries.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::time::{Duration, Instant};
+
+use containerd_shim_protos::api;
+
+use crate::support::{Shim, World, exec_request, open_writer, read_fifo, refused, within};
+
+const SIZE: usize = 3_000_000;
+
+async fn close_stdin(shim: &Shim, exec_id: &str) {
+    let request = api::CloseIORequest {
+        id: "c".to_owned(),
+        exec_id: exec_id.to_owned(),
+        stdin: true,
+        ..Default::default()
+    };
+    shim.close_io(&request).await.expect("close stdin");
+}
+
+/// A shim whose container runs and does nothing.
+async fn running(world: &World) -> Shim {
+    let shim = world.created("c", &["sleep", "1000"]).await;
+    shim.start_init("c").await;
+    shim
+}
+
+#[tokio::test]
+async fn fifos_carry_everything_and_stdin_ends_when_it_is_closed() {
+    let world = World::new().await;
+    world.add_bundle("c", &["sh", "-c", "cat; echo over >&2"]);
+    let shim = world.start_shim("c").await;
+    let mut request = world.create_request("c");
+    request.stdin = world.fifo("in");
+    request.stdout = format!("fifo://{}", world.fifo("out"));
+    request.stderr = world.fifo("err");
+    let (out, err) = (
+        read_fifo(world.path("out").to_str().expect("text")),
+        read_fifo(&request.stderr),
+    );
+    shim.create(&request).await.expect("create");
+    shim.start_init("c").await;
+
+    // A client may go and another one come: the stream ends when it is closed, not before.
+    let first = open_writer(&request.stdin);
+    (&first).write_all(b"first ").expect("write");
+    drop(first);
+    let last = open_writer(&request.stdin);
+    let text = vec![b'x'; SIZE];
+    let sent = text.clone();
+    let writer = tokio::task::spawn_blocking(move || {
+        nix::fcntl::fcntl(
+            &last,
+            nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty()),
+        )
+        .expect("block");
+        (&last).write_all(&sent).expect("write");
+    });
+    within(writer).await.expect("the writer");
+    close_stdin(&shim, "").await;
+    assert_eq!(shim.exit_status("c", "").await, 0);
+    let out = within(out).await.expect("the reader");
+    assert_eq!(out.len(), 6 + SIZE);
+    assert!(out.starts_with(b"first ") && out.ends_with(b"xxx"));
+    assert_eq!(within(err).await.expect("the reader"), b"over\n");
+    shim.remove("c", "").await.expect("delete");
+}
+
+#[tokio::test]
+async fn an_exec_s_output_is_complete_however_fast_it_ends() {
+    let world = World::new().await;
+    let shim = running(&world).await;
+    for terminal in [false, true] {
+        for round in 0..5 {
+            let id = format!("x{terminal}{round}");
+            let script = format!("yes 123456789 | head -c {SIZE}");
+            let mut request = exec_request("c", &id, &["sh", "-c", &script]);
+            request.stdout = world.fifo(&id);
+            request.terminal = terminal;
+            let out = read_fifo(&request.stdout);
+            shim.exec(&request).await.expect("exec");
+            shim.start_exec("c", &id).await.expect("start");
+            assert_eq!(shim.exit_status("c", &id).await, 0);
+            let out = within(out).await.expect("the reader");
+            let newlines = out.iter().filter(|&&byte| byte == b'\n').count();
+            // A terminal writes two characters for each newline.
+            assert_eq!(
+                out.len(),
+                SIZE + if terminal { newlines } else { 0 },
+                "{id}"
+            );
+            shim.remove("c", &id).await.expect("delete");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_terminal_has_a_size_and_an_input() {
+    let world = World::new().await;
+    let shim = running(&world).await;
+    let script =
+        "read line; stty size; echo \"got $line\"; [ -t 0 ] && [ -t 1 ] && [ -t 2 ] && exit 6";
+    let mut request = exec_request("c", "x", &["sh", "-c", script]);
+    request.terminal = true;
+    request.stdin = world.fifo("in");
+    request.stdout = world.fifo("out");
+    let out = read_fifo(&request.stdout);
+    shim.exec(&request).await.expect("exec");
+    shim.start_exec("c", "x").await.expect("start");
+    let size = api::ResizePtyRequest {
+        id: "c".to_owned(),
+        exec_id: "x".to_owned(),
+        width: 123,
+        height: 45,
+        ..Default::default()
+    };
+    shim.resize_pty(&size).await.expect("resize");
+    open_writer(&request.stdin)
+        .write_all(b"hello\n")
+        .expect("write");
+    assert_eq!(shim.exit_status("c", "x").await, 6);
+    let out = String::from_utf8(within(out).await.expect("the reader")).expect("text");
+    assert_eq!(out.replace('\r', ""), "hello\n45 123\ngot hello\n");
+    shim.remove("c", "x").await.expect("delete");
+}
+
+#[tokio::test]
+async fn nobody_reads_and_nothing_hangs() {
+    let world = World::new().await;
+    let shim = running(&world).await;
+    // Less than a fifo holds: the process is not held up.
+    let mut request = exec_request("c", "little", &["echo", "hello"]);
+    request.stdout = world.fifo("little");
+    request.stdin = world.fifo("never");
+    shim.exec(&request).await.expect("exec");
+    shim.start_exec("c", "little").await.expect("start");
+    assert_eq!(shim.exit_status("c", "little").await, 0);
+    let asked = Instant::now();
+    shim.remove("c", "little").await.expect("delete");
+    assert!(
+        asked.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        asked.elapsed()
+    );
+
+    // More: the process waits, and can be killed.
+    let mut request = exec_request("c", "much", &["yes"]);
+    request.stdout = world.fifo("much");
+    shim.exec(&request).await.expect("exec");
+    shim.start_exec("c", "much").await.expect("start");
+    assert_eq!(shim.status("c", "much").await, api::Status::RUNNING);
+    shim.signal("c", "much", 9).await.expect("kill");
+    assert_eq!(shim.exit_status("c", "much").await, 137);
+    // The drain limit.
+    let asked = Instant::now();
+    shim.remove("c", "much").await.expect("delete");
+    assert!(
+        asked.elapsed() < Duration::from_secs(15),
+        "{:?}",
+        asked.elapsed()
+    );
+}
+
+#[tokio::test]
+async fn files_take_both_outputs_and_are_appended_to() {
+    let world = World::new().await;
+    let shim = running(&world).await;
+    let log = world.path("logs/deep/a b.log");
+    let uri = format!("file://{}", log.display().to_string().replace(' ', "%20"));
+    for round in 0..2 {
+        let id = format!("x{round}");
+        let mut request = exec_request("c", &id, &["sh", "-c", "echo out; echo err >&2"]);
+        (request.stdout, request.stderr) = (uri.clone(), uri.clone());
+        shim.exec(&request).await.expect("exec");
+        shim.start_exec("c", &id).await.expect("start");
+        shim.exit_status("c", &id).await;
+        shim.remove("c", &id).await.expect("delete");
+    }
+    let text = fs::read_to_string(&log).expect("the log");
+    assert_eq!(text.matches("out\n").count(), 2, "{text}");
+    assert_eq!(text.matches("err\n").count(), 2, "{text}");
+
+    let mut request = exec_request("c", "y", &["true"]);
+    request.stdout = "syslog://host/x".to_owned();
+    shim.exec(&request).await.expect("exec");
+    let (_, message) = refused(shim.start_exec("c", "y").await);
+    assert!(message.contains("syslog"), "{message}");
+}
+
+#[tokio::test]
+async fn logging_binaries_get_the_output_and_time_to_write_it() {
+    let world = World::new().await;
+    let shim = running(&world).await;
+    let logger = world.path("logger");
+    let log = world.path("log");
+    let script = format!(
+        "#!/bin/sh\nexec >> {log}\necho \"$CONTAINER_NAMESPACE $CONTAINER_ID $*\"\n[ \"$1\" = v2 ] && printf x >&5\n\
+         [ \"$1\" = dies ] && exit 1\nexec 5>&-\n/bin/cat <&3\n/bin/cat <&4\necho end\n",
+        log = log.display()
+    );
+    fs::write(&logger, script).expect("write");
+    fs::set_permissions(&logger, fs::Permissions::from_mode(0o755)).expect("make it executable");
+    for (id, scheme, argument, terminal) in [
+        ("a", "binary", "v1", false),
+        ("b", "binary-v2", "v2", false),
+        ("c", "binary", "v1", true),
+    ] {
+        let _ = fs::remove_file(&log);
+        let mut request = exec_request("c", id, &["sh", "-c", "echo out; echo err >&2"]);
+        request.terminal = terminal;
+        request.stdout = format!("{scheme}://{}?{argument}=a%20b", logger.display());
+        shim.exec(&request).await.expect("exec");
+        shim.start_exec("c", id).await.expect("start");
+        shim.exit_status("c", id).await;
+        shim.remove("c", id).await.expect("delete");
+        let text = fs::read_to_string(&log).expect("the log").replace('\r', "");
+        assert_eq!(text, format!("test {id} {argument} a b\nout\nerr\nend\n"));
+    }
+    for (id, scheme, fails) in [("d", "binary-v2", true), ("e", "binary", false)] {
+        let mut request = exec_request("c", id, &["true"]);
+        request.stdout = format!("{scheme}://{}?dies", logger.display());
+        shim.exec(&request).await.expect("exec");
+        let started = shim.start_exec("c", id).await;
+        assert_eq!(started.is_err(), fails, "{started:?}");
+    }
+    let mut request = exec_request("c", "f", &["true"]);
+    request.stdout = "binary:///nonexistent".to_owned();
+    shim.exec(&request).await.expect("exec");
+    let (_, message) = refused(shim.start_exec("c", "f").await);
+    assert!(message.contains("/nonexistent"), "{message}");
+}
+
+#[tokio::test]
+async fn pipes_belong_to_the_group_that_the_options_name() {
+    let mut world = World::new().await;
+    (world.options.io_uid, world.options.io_gid) = (1234, 2345);
+    world.add_bundle("c", &["sleep", "1000"]);
+    let shim = world.start_shim("c").await;
+    let mut request = world.create_request("c");
+    request.stdout = world.fifo("out");
+    shim.create(&request).await.expect("create");
+    let init = shim.start_init("c").await;
+    let pipe = fs::metadata(format!("/proc/{init}/fd/1")).expect("its standard output");
+    // runc itself gives the pipe to the process' user, and leaves the group alone.
+    assert_eq!(pipe.gid(), 2345);
+}
