@@ -235,14 +235,22 @@ impl Collector {
         &self.text
     }
 
-    /// Everything up to the end of the pipe. A grandchild may hold it open: that is worth two seconds, not the whole test.
+    /// Everything up to the end of the pipe. A grandchild may hold it open: that is worth some seconds, not the whole test, and is
+    /// said in the text.
     fn rest(&mut self) -> String {
-        let deadline = Instant::now() + Duration::from_secs(2);
-        while let Ok(chunk) = self
-            .chunks
-            .recv_timeout(deadline.saturating_duration_since(Instant::now()))
-        {
-            self.bytes.extend(chunk);
+        let deadline = Instant::now() + Duration::from_secs(5);
+        loop {
+            match self
+                .chunks
+                .recv_timeout(deadline.saturating_duration_since(Instant::now()))
+            {
+                Ok(chunk) => self.bytes.extend(chunk),
+                Err(mpsc::RecvTimeoutError::Disconnected) => break,
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    self.bytes.extend(b"\n[the pipe is still open]\n");
+                    break;
+                }
+            }
         }
         self.so_far().to_owned()
     }

@@ -10,7 +10,8 @@ kbp_tests::scenarios!(
     exit_codes,
     a_command_that_does_not_exist,
     standard_input_reaches_its_end,
-    output_is_complete_and_apart,
+    output_goes_to_both_streams,
+    output_is_complete,
     terminal_of_run,
     exec_codes_input_and_output,
     exec_of_a_command_that_does_not_exist,
@@ -98,20 +99,40 @@ fn standard_input_reaches_its_end(lab: &Lab<'_>) {
     );
 }
 
-fn output_is_complete_and_apart(lab: &Lab<'_>) {
-    // More than any pipe holds, and the process is gone while the last of it is on its way.
-    let script = "dd if=/dev/zero bs=1024 count=3000 2>/dev/null | tr '\\0' o; dd if=/dev/zero bs=1024 count=300 2>/dev/null | tr '\\0' e >&2";
+fn output_goes_to_both_streams(lab: &Lab<'_>) {
     let output = lab
         .containerd
-        .run(&lab.script("c", script))
-        .expect("run")
-        .success()
-        .expect("code");
+        .run(&lab.script("c", "echo out; echo err >&2; sleep 0.1"))
+        .expect("run");
+    let output = output.success().expect("code");
     assert_eq!(
-        (output.stdout.len(), output.stderr.len()),
-        (3000 * 1024, 300 * 1024)
+        (output.stdout.as_str(), output.stderr.as_str()),
+        ("out\n", "err\n")
     );
-    assert!(output.stdout.bytes().all(|b| b == b'o') && output.stderr.bytes().all(|b| b == b'e'));
+}
+
+fn output_is_complete(lab: &Lab<'_>) {
+    // More than all pipes hold together, and the process is gone while the last of it is on its way. `ctr` itself closes its end
+    // early when the machine is busy, so a fifo is read here without it.
+    let fifo = lab.sandbox.dir().join("output");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).expect("fifo");
+    let path = fifo.clone();
+    let reader = std::thread::spawn(move || std::fs::read(path));
+    let script = "dd if=/dev/zero bs=1024 count=3000 2>/dev/null | tr '\\0' o; \
+                  dd if=/dev/zero bs=1024 count=300 2>/dev/null | tr '\\0' e >&2";
+    // Without a scheme it is a fifo to every shim.
+    let uri = fifo.display();
+    lab.containerd
+        .start_container(lab.script("c", script).flag("--log-uri", uri))
+        .expect("start");
+    lab.containerd.wait_for_state("c", "STOPPED").expect("end");
+    lab.containerd.remove("c").expect("remove");
+    let bytes = reader.join().expect("reader").expect("read");
+    let count = |which: u8| bytes.iter().filter(|b| **b == which).count();
+    assert_eq!(
+        (count(b'o'), count(b'e'), bytes.len()),
+        (3000 * 1024, 300 * 1024, 3300 * 1024)
+    );
 }
 
 fn terminal_of_run(lab: &Lab<'_>) {
