@@ -375,3 +375,20 @@ fn del_goes_on_past_a_failure_and_reports_it() {
         assert_eq!(world.dump(), before);
     }
 }
+
+#[test]
+fn del_with_a_config_that_lost_its_ipam_section_removes_the_rest() {
+    let world = World::new();
+    let pod = Pod::new("pod-a");
+    let config = world.config("1.0.0", json!({}));
+    world.add(&pod, &config);
+    let lost = world.config("1.0.0", json!({ "ipam": null }));
+    world
+        .call("DEL", &pod, &lost)
+        .assert_error(7, &["ipam is missing"]);
+    assert!(!world.dump().contains("kbptest"), "{}", world.dump());
+    // The leases are still there for a DEL that can name their plugin.
+    assert_eq!(world.leases().len(), 2);
+    world.quiet("DEL", &pod, &config);
+    assert_eq!(world.leases().len(), 0);
+}

@@ -3,6 +3,7 @@
 //! containernetworking-plugins.
 
 mod attach;
+mod examples;
 mod failure;
 mod input;
 mod lifecycle;
