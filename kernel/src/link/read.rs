@@ -41,6 +41,11 @@ impl LinkHeader {
     }
 }
 
+/// `rtm_type` of a `struct rtmsg`.
+pub(super) fn route_type(payload: &[u8]) -> Option<u8> {
+    u8_at(payload, 7)
+}
+
 /// A link; None when what every link has is missing.
 pub(super) fn link(payload: &[u8]) -> Option<Link> {
     let header = LinkHeader::read(payload)?;

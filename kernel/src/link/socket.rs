@@ -8,7 +8,7 @@ use netlink_packet_route::address::AddressMessage;
 use netlink_packet_route::link::{LinkAttribute, LinkMessage};
 use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourMessage};
 use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
-use netlink_packet_route::route::{RouteHeader, RouteMessage};
+use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::{Batch, Link, Route, read};
@@ -156,6 +156,43 @@ impl RouteSocket {
             }
         }
         Ok(routes)
+    }
+
+    /// Whether this namespace takes packets to `address` for its own. An IPv6 address is on its link
+    /// before that: the kernel makes its local route later, in a work item (addrconf_dad_work in
+    /// net/ipv6/addrconf.c), also when there is no duplicate address detection.
+    pub fn is_local(&mut self, address: IpAddr) -> Result<bool> {
+        let mut message = RouteMessage::default();
+        (
+            message.header.address_family,
+            message.header.destination_prefix_length,
+        ) = match address {
+            IpAddr::V4(_) => (AddressFamily::Inet, 32),
+            IpAddr::V6(_) => (AddressFamily::Inet6, 128),
+        };
+        message.attributes = vec![RouteAttribute::Destination(address.into())];
+        let message = RouteNetlinkMessage::GetRoute(message);
+        let request = Request::new(format!("look up the route to {address}"), &message);
+        let found = self.socket.query(request, |kind, payload| {
+            if kind == libc::RTM_NEWROUTE {
+                readable("a route", read::route_type(payload))
+            } else {
+                Ok(None)
+            }
+        });
+        match found {
+            Ok(types) => Ok(types.contains(&libc::RTN_LOCAL)),
+            // The answers of no route and of routes that refuse.
+            Err(error)
+                if matches!(
+                    error.errno(),
+                    Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EACCES | libc::EINVAL)
+                ) =>
+            {
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Permanent neighbours of a link.

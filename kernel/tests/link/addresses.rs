@@ -1,6 +1,7 @@
 //! Addresses and permanent neighbours.
 
 use std::net::IpAddr;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use kbp_kernel::{Error, IfIndex};
@@ -35,6 +36,45 @@ fn addresses_of_both_families_are_usable_at_once() {
     let addresses = pair.pod_socket.addresses(index).expect("list");
     assert!(addresses.contains(&net("10.88.0.2/32")), "{addresses:?}");
     assert!(addresses.contains(&net("fd00:88::2/128")), "{addresses:?}");
+}
+
+#[test]
+fn addresses_become_local_and_others_are_not() {
+    let mut pair = Pair::new();
+    let index = pair.pod_link.index;
+    let own = ["10.88.0.2", "fd00:88::2"].map(ip);
+    for address in own {
+        assert!(
+            !pair.pod_socket.is_local(address).expect("ask"),
+            "{address} is there too early"
+        );
+    }
+    pair.in_pod(|batch| {
+        batch
+            .add_address(index, net("10.88.0.2/24"), false)
+            .add_address(index, net("fd00:88::2/64"), false);
+    })
+    .expect("add");
+    assert!(
+        pair.pod_socket.is_local(own[0]).expect("ask"),
+        "the kernel adds IPv4 at once"
+    );
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !pair.pod_socket.is_local(own[1]).expect("ask") {
+        assert!(
+            Instant::now() < deadline,
+            "{} does not become local",
+            own[1]
+        );
+        std::thread::yield_now();
+    }
+    // On the same link, but the other end's; and not on any link.
+    for address in ["10.88.0.3", "fd00:88::3", "192.0.2.1", "2001:db8::1"].map(ip) {
+        assert!(
+            !pair.pod_socket.is_local(address).expect("ask"),
+            "{address} is not local"
+        );
+    }
 }
 
 #[test]
