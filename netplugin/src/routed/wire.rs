@@ -1,5 +1,9 @@
 //! Making the veth pair and everything that hangs on it: one batch a side.
 
+use std::net::IpAddr;
+use std::thread;
+use std::time::{Duration, Instant};
+
 use ipnet::IpNet;
 use kbp_kernel::ethtool::{self, Features};
 use kbp_kernel::link::{Batch, Route, RouteSocket, VethPair};
@@ -171,6 +175,31 @@ pub(crate) fn configure(
     // second later: until then its operational state is down, and programs that look at it would wait.
     pod.route.link_by_index(pair.pod.index)?;
     host.route.link_by_index(pair.host.index)?;
+    Ok(())
+}
+
+/// Waits until the kernel takes packets to the pod's addresses, and to the host end's, for its own. With IPv4 that
+/// is so at once; with IPv6 a work item has to run, which on a busy node takes longer than a container's start.
+pub(crate) fn await_addresses(host: &mut Side, pod: &mut Side, plan: &Plan) -> Result<()> {
+    const LIMIT: Duration = Duration::from_secs(10);
+    let deadline = Instant::now() + LIMIT;
+    let gateways = plan.gateways();
+    for (side, addresses) in [(pod, plan.addresses()), (host, gateways)] {
+        for address in addresses.into_iter().filter(IpAddr::is_ipv6) {
+            let mut pause = Duration::from_micros(50);
+            while !side.route.is_local(address)? {
+                if Instant::now() > deadline {
+                    let msg = format!(
+                        "the kernel does not take {address} into use within {} s",
+                        LIMIT.as_secs()
+                    );
+                    return Err(CniError::new(Code::TRY_AGAIN, msg));
+                }
+                thread::sleep(pause);
+                pause = (pause * 2).min(Duration::from_millis(5));
+            }
+        }
+    }
     Ok(())
 }
 

@@ -86,6 +86,7 @@ impl Add<'_> {
             masquerade::add(&self.host.netns, &self.attachment, &plan)?;
         }
         let result = self.result(&lease, &plan, &pair, sandbox)?;
+        wire::await_addresses(&mut self.host, &mut self.pod, &plan)?;
         // Last: it is the only thing that is not undone, for others may have come to need it.
         sysctl::enable_forwarding(plan.has_v4(), plan.has_v6())?;
         Ok(result)

@@ -66,7 +66,8 @@ fn a_host_end_name_that_is_taken_is_not_touched() {
     let result = world.add(&pod, &config);
     let name = result["interfaces"][0]["name"].as_str().expect("a name");
     world.quiet("DEL", &pod, &config);
-    foreign_pair(&world, &Pod::new("x"), name, "y");
+    let other = Pod::new("other");
+    foreign_pair(&world, &other, name, "y");
     failing_add(&world, &pod, &config).assert_error(102, &[name, "taken"]);
 }
 

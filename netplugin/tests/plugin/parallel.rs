@@ -21,7 +21,21 @@ fn many_attachments_at_once_are_all_whole_and_all_go() {
     let results: Vec<_> = thread::scope(|scope| {
         let adding: Vec<_> = pods
             .iter()
-            .map(|pod| scope.spawn(|| world.add(pod, &config)))
+            .map(|pod| {
+                scope.spawn(|| {
+                    let result = world.add(pod, &config);
+                    let address = result["ips"][1]["address"]
+                        .as_str()
+                        .expect("an IPv6 address");
+                    let address = ip(address.split('/').next().expect("an address"));
+                    // The kernel is busiest now, and late with IPv6.
+                    assert!(
+                        pod.route().is_local(address).expect("look up"),
+                        "{address} is not in use yet"
+                    );
+                    result
+                })
+            })
             .collect();
         adding
             .into_iter()

@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use kbp_kernel::link::{Batch, Route, RouteSocket, VethPair};
 use kbp_kernel::netns::Netns;
@@ -447,6 +448,14 @@ fn connect(host: &Netns, outside: &Netns) {
     // Reading a link makes the kernel notice that it has a carrier.
     there.link_by_index(world).expect("read");
     here.link_by_index(uplink).expect("read");
+    // And an IPv6 address takes its time.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    for (socket, address) in [(&mut here, HOST_V6), (&mut there, OUTSIDE_V6)] {
+        while !socket.is_local(ip(address)).expect("look up") {
+            assert!(Instant::now() < deadline, "{address} does not come");
+            std::thread::yield_now();
+        }
+    }
 }
 
 /// Puts the keys of `more` over those of `config`; null removes one.
