@@ -6,17 +6,14 @@ use std::io::Read;
 use std::time::Duration;
 
 use ipnet::IpNet;
-use kbp_kernel::{MacAddr, Mtu};
 use serde_json::{Map, Value, json};
 
-use super::env::{Call, IDENTIFIER, Verb, is_identifier};
+use super::env::{IDENTIFIER, Verb, is_identifier};
 use super::error::{CniError, Code, Result};
+use super::json::{is_empty, number, object, string};
 use super::version::Version;
 use crate::attachment::MAX_NETWORK;
 
-/// Packets that a qdisc holds and the transmit queue length of both ends, unless the config says otherwise.
-const DEFAULT_TX_QUEUE_LEN: u32 = 1000;
-const MAX_TX_QUEUE_LEN: u32 = 1_000_000;
 /// Long enough for a DHCP exchange with retries, short enough for the runtime's own limit of minutes.
 const DEFAULT_IPAM_TIMEOUT_SECONDS: u64 = 60;
 const MAX_IPAM_TIMEOUT_SECONDS: u64 = 600;
@@ -32,32 +29,6 @@ pub(crate) struct Config {
     pub(crate) version: Version,
     /// Name of the network.
     pub(crate) name: String,
-}
-
-/// What TCP segmentation offload is set to: with it, TCP bypasses the NAPI instance.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Profile {
-    /// TSO off: every packet can be polled.
-    Latency,
-    /// TSO on: TCP is fast in bulk and not polled.
-    Throughput,
-}
-
-/// What the config says about an attachment in mode `routed`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Options {
-    /// Largest packet that leaves the node; None: as the uplink.
-    pub(crate) mtu: Option<Mtu>,
-    /// Whether traffic that leaves the node's pod ranges gets an address of the node.
-    pub(crate) ip_masq: bool,
-    /// MAC of the pod end; None: derived.
-    pub(crate) mac: Option<MacAddr>,
-    /// See [`Profile`].
-    pub(crate) profile: Profile,
-    /// Packets.
-    pub(crate) tx_queue_len: u32,
-    /// Whether the pod gets a default route even when IPAM gives none.
-    pub(crate) is_default_gateway: bool,
 }
 
 impl Config {
@@ -126,92 +97,6 @@ impl Config {
                 since.as_str()
             ),
         ))
-    }
-
-    /// What the config and the call say about the attachment.
-    pub(crate) fn options(&self, call: &Call) -> Result<Options> {
-        match string(&self.json, "mode", "\"routed\"")? {
-            None | Some("routed") => {}
-            Some(other) => {
-                return Err(CniError::new(
-                    Code::UNSUPPORTED,
-                    format!("mode: {other:?} is not supported; allowed: \"routed\""),
-                ));
-            }
-        }
-        let mtu = number(
-            &self.json,
-            "mtu",
-            0,
-            65535,
-            "0 (as the uplink) or 68 to 65535",
-        )?
-        .unwrap_or(0);
-        if (1..68).contains(&mtu) {
-            return Err(CniError::config(
-                "mtu",
-                &json!(mtu),
-                "0 (as the uplink) or 68 to 65535",
-            ));
-        }
-        let profile = match string(&self.json, "profile", PROFILES)? {
-            None | Some("latency") => Profile::Latency,
-            Some("throughput") => Profile::Throughput,
-            Some(other) => return Err(CniError::config("profile", &json!(other), PROFILES)),
-        };
-        let range = format!("1 to {MAX_TX_QUEUE_LEN}");
-        let tx_queue_len = number(&self.json, "txQueueLen", 1, MAX_TX_QUEUE_LEN.into(), &range)?;
-        Ok(Options {
-            mtu: u32::try_from(mtu).ok().filter(|mtu| *mtu > 0).map(Mtu),
-            ip_masq: boolean(&self.json, "ipMasq")?,
-            mac: self.mac(call)?,
-            profile,
-            tx_queue_len: tx_queue_len
-                .and_then(|n| u32::try_from(n).ok())
-                .unwrap_or(DEFAULT_TX_QUEUE_LEN),
-            is_default_gateway: boolean(&self.json, "isDefaultGateway")?,
-        })
-    }
-
-    /// The pod's MAC: what the runtime asks for this container goes before what the config says for all.
-    fn mac(&self, call: &Call) -> Result<Option<MacAddr>> {
-        let runtime = object(&self.json, "runtimeConfig", "runtimeConfig")?;
-        let args = match object(&self.json, "args", "args")? {
-            Some(args) => object(args, "cni", "args.cni")?,
-            None => None,
-        };
-        let of =
-            |map: Option<&Map<String, Value>>, key: &str| -> Result<Option<(String, String)>> {
-                let Some(value) = map
-                    .and_then(|map| map.get("mac"))
-                    .filter(|value| !value.is_null())
-                else {
-                    return Ok(None);
-                };
-                let text = value
-                    .as_str()
-                    .ok_or_else(|| CniError::config(key, value, MACS))?;
-                Ok((!text.is_empty()).then(|| (key.to_owned(), text.to_owned())))
-            };
-        let found = match of(runtime, "runtimeConfig.mac")? {
-            Some(found) => Some(found),
-            None => match of(args, "args.cni.mac")? {
-                Some(found) => Some(found),
-                None => match call.arg("MAC").filter(|mac| !mac.is_empty()) {
-                    Some(mac) => Some(("MAC of CNI_ARGS".to_owned(), mac.to_owned())),
-                    None => of(Some(&self.json), "mac")?,
-                },
-            },
-        };
-        let Some((key, text)) = found else {
-            return Ok(None);
-        };
-        text.to_ascii_lowercase()
-            .parse::<MacAddr>()
-            .ok()
-            .filter(|mac| mac.0[0] & 1 == 0 && *mac != MacAddr([0; 6]))
-            .map(Some)
-            .ok_or_else(|| CniError::config(&key, &json!(text), MACS))
     }
 
     /// Name of the IPAM plugin's binary.
@@ -321,77 +206,6 @@ impl Config {
     }
 }
 
-const PROFILES: &str = "\"latency\", \"throughput\"";
-const MACS: &str = "a unicast address of six hexadecimal bytes, e.g. \"02:00:5e:10:00:01\"";
-
-/// Whether an optional value of a result says nothing.
-pub(crate) fn is_empty(value: &Value) -> bool {
-    match value {
-        Value::Null => true,
-        Value::String(text) => text.is_empty(),
-        Value::Array(list) => list.is_empty(),
-        Value::Object(map) => map.is_empty(),
-        Value::Bool(_) | Value::Number(_) => false,
-    }
-}
-
-/// A value that is there; null is not.
-fn present<'a>(map: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
-    map.get(key).filter(|value| !value.is_null())
-}
-
-fn string<'a>(map: &'a Map<String, Value>, key: &str, allowed: &str) -> Result<Option<&'a str>> {
-    present(map, key)
-        .map(|value| {
-            value
-                .as_str()
-                .ok_or_else(|| CniError::config(key, value, allowed))
-        })
-        .transpose()
-}
-
-fn boolean(map: &Map<String, Value>, key: &str) -> Result<bool> {
-    present(map, key)
-        .map(|value| {
-            value
-                .as_bool()
-                .ok_or_else(|| CniError::config(key, value, "true, false"))
-        })
-        .transpose()
-        .map(Option::unwrap_or_default)
-}
-
-fn number(
-    map: &Map<String, Value>,
-    key: &str,
-    min: u64,
-    max: u64,
-    allowed: &str,
-) -> Result<Option<u64>> {
-    present(map, key)
-        .map(|value| {
-            value
-                .as_u64()
-                .filter(|number| (min..=max).contains(number))
-                .ok_or_else(|| CniError::config(key, value, allowed))
-        })
-        .transpose()
-}
-
-fn object<'a>(
-    map: &'a Map<String, Value>,
-    key: &str,
-    path: &str,
-) -> Result<Option<&'a Map<String, Value>>> {
-    present(map, key)
-        .map(|value| {
-            value
-                .as_object()
-                .ok_or_else(|| CniError::config(path, value, "a JSON object"))
-        })
-        .transpose()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -409,24 +223,9 @@ mod tests {
         parse(&json).expect("valid")
     }
 
-    fn call(args: &str) -> Call {
-        Call::for_test(args)
-    }
-
     #[test]
     fn the_smallest_config_has_the_documented_defaults() {
-        let config = config(json!({}));
-        assert_eq!(
-            config.options(&call("")).expect("valid"),
-            Options {
-                mtu: None,
-                ip_masq: false,
-                mac: None,
-                profile: Profile::Latency,
-                tx_queue_len: 1000,
-                is_default_gateway: false,
-            },
-        );
+        let config = config(json!({ "prevResult": null, "dns": null, "x": {} }));
         assert_eq!(config.ipam_type().expect("valid"), "host-local");
         assert_eq!(
             config.ipam_timeout().expect("valid"),
@@ -435,112 +234,6 @@ mod tests {
         assert!(config.prev_result().expect("valid").is_none());
         assert!(config.dns().expect("valid").is_none());
         assert!(config.valid_attachments().expect("valid").is_none());
-    }
-
-    #[test]
-    fn nulls_and_unknown_keys_are_ignored() {
-        let config = config(
-            json!({ "mtu": null, "mode": null, "dns": null, "prevResult": null, "hairpin": [1], "x": {} }),
-        );
-        config.options(&call("")).expect("valid");
-        assert!(config.prev_result().expect("valid").is_none());
-    }
-
-    #[test]
-    fn malformed_values_are_refused_by_key_value_and_what_is_allowed() {
-        for (more, code, parts) in [
-            (
-                json!({ "mode": "bridge" }),
-                Code::UNSUPPORTED,
-                ["mode", "\"bridge\"", "\"routed\""],
-            ),
-            (
-                json!({ "mode": 1 }),
-                Code::CONFIG,
-                ["mode", "1", "\"routed\""],
-            ),
-            (
-                json!({ "mtu": 67 }),
-                Code::CONFIG,
-                ["mtu", "67", "68 to 65535"],
-            ),
-            (
-                json!({ "mtu": 65536 }),
-                Code::CONFIG,
-                ["mtu", "65536", "68 to 65535"],
-            ),
-            (
-                json!({ "mtu": -1 }),
-                Code::CONFIG,
-                ["mtu", "-1", "68 to 65535"],
-            ),
-            (
-                json!({ "mtu": 1500.5 }),
-                Code::CONFIG,
-                ["mtu", "1500.5", "68 to 65535"],
-            ),
-            (
-                json!({ "mtu": "1500" }),
-                Code::CONFIG,
-                ["mtu", "\"1500\"", "68 to 65535"],
-            ),
-            (
-                json!({ "ipMasq": "yes" }),
-                Code::CONFIG,
-                ["ipMasq", "\"yes\"", "true, false"],
-            ),
-            (
-                json!({ "isDefaultGateway": 1 }),
-                Code::CONFIG,
-                ["isDefaultGateway", "1", "true, false"],
-            ),
-            (
-                json!({ "profile": "fast" }),
-                Code::CONFIG,
-                ["profile", "\"fast\"", "throughput"],
-            ),
-            (
-                json!({ "txQueueLen": 0 }),
-                Code::CONFIG,
-                ["txQueueLen", "0", "1 to"],
-            ),
-            (
-                json!({ "mac": "02:00" }),
-                Code::CONFIG,
-                ["mac", "\"02:00\"", "unicast"],
-            ),
-            (
-                json!({ "mac": "01:00:5e:00:00:01" }),
-                Code::CONFIG,
-                ["mac", "01:00:5e", "unicast"],
-            ),
-            (
-                json!({ "mac": "00:00:00:00:00:00" }),
-                Code::CONFIG,
-                ["mac", "00:00:00", "unicast"],
-            ),
-            (
-                json!({ "runtimeConfig": [] }),
-                Code::CONFIG,
-                ["runtimeConfig", "[]", "object"],
-            ),
-            (
-                json!({ "runtimeConfig": { "mac": 5 } }),
-                Code::CONFIG,
-                ["runtimeConfig.mac", "5", "unicast"],
-            ),
-            (
-                json!({ "args": { "cni": 5 } }),
-                Code::CONFIG,
-                ["args.cni", "5", "object"],
-            ),
-        ] {
-            let error = config(more).options(&call("")).expect_err(parts[1]);
-            assert_eq!(error.code, code, "{error}");
-            for part in parts {
-                assert!(error.msg.contains(part), "{part} in {error}");
-            }
-        }
     }
 
     #[test]
@@ -597,29 +290,6 @@ mod tests {
             .map(|text| text.parse().expect("range"))
             .collect();
         assert_eq!(config.ipam_ranges(), expected);
-    }
-
-    #[test]
-    fn the_runtime_beats_args_beat_the_environment_beats_the_config() {
-        let mac = |n: u8| format!("02:00:00:00:00:0{n}");
-        let all = json!({
-            "runtimeConfig": { "mac": mac(1) }, "args": { "cni": { "mac": mac(2) } }, "mac": mac(4),
-        });
-        let mut args = format!("MAC={}", mac(3));
-        let mut json = all;
-        for (expected, remove) in [(1, "runtimeConfig"), (2, "args"), (3, "MAC"), (4, "mac")] {
-            let found = config(json.clone())
-                .options(&call(&args))
-                .expect("valid")
-                .mac;
-            assert_eq!(found.map(|found| found.to_string()), Some(mac(expected)));
-            if remove == "MAC" {
-                args.clear();
-            } else if let Some(map) = json.as_object_mut() {
-                map.remove(remove);
-            }
-        }
-        assert_eq!(config(json).options(&call(&args)).expect("valid").mac, None);
     }
 
     #[test]

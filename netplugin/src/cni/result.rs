@@ -5,9 +5,9 @@ use std::path::Path;
 use kbp_kernel::{MacAddr, Mtu};
 use serde_json::{Map, Value, json};
 
-use super::config::is_empty;
 use super::error::{CniError, Code, Result};
 use super::ipam::RouteConfig;
+use super::json::is_empty;
 use super::version::Version;
 use crate::routed::plan::PlannedIp;
 

@@ -10,8 +10,8 @@ use kbp_kernel::{MacAddr, Result};
 use super::plan::{PlannedIp, is_main};
 use super::wire::{Side, features};
 use crate::attachment::Attachment;
-use crate::cni::config::Profile;
 use crate::cni::ipam::RouteConfig;
+use crate::cni::options::Profile;
 
 /// What a result says about an attachment.
 #[derive(Debug, Default)]

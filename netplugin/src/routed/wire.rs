@@ -13,9 +13,9 @@ use kbp_kernel::{IfIndex, MacAddr, Mtu};
 use super::DEVICE_MTU;
 use super::plan::Plan;
 use crate::attachment::Attachment;
-use crate::cni::config::{Options, Profile};
 use crate::cni::error::{CniError, Code, Result};
 use crate::cni::ipam::RouteConfig;
+use crate::cni::options::{Options, Profile};
 use crate::sysctl;
 
 /// A network namespace and a socket that belongs to it.

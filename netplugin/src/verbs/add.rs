@@ -7,11 +7,12 @@ use serde_json::Value;
 
 use super::open_pod;
 use crate::attachment::Attachment;
-use crate::cni::config::{Config, Options};
+use crate::cni::config::Config;
 use crate::cni::delegate::Ipam;
 use crate::cni::env::Call;
 use crate::cni::error::{CniError, Code, Result};
 use crate::cni::ipam::Lease;
+use crate::cni::options::Options;
 use crate::cni::result::{self, Attached, Interface};
 use crate::routed::plan::{Plan, plan};
 use crate::routed::uplink::UplinkMtu;
@@ -22,7 +23,7 @@ use crate::sysctl;
 /// Attaches the container; the result.
 pub(crate) fn add(call: &Call, config: &Config) -> Result<Value> {
     // Everything that can be refused is refused before anything is made.
-    let options = config.options(call)?;
+    let options = Options::read(&config.json, call)?;
     config.prev_result()?;
     config.dns()?;
     let ipam = Ipam::find(config, call)?;

@@ -10,6 +10,7 @@ use crate::cni::delegate::Ipam;
 use crate::cni::env::Call;
 use crate::cni::error::{CniError, Code, Result};
 use crate::cni::ipam;
+use crate::cni::options::Options;
 use crate::routed::masquerade;
 use crate::routed::plan::plan_ips;
 use crate::routed::verify::{self, Expected};
@@ -17,7 +18,7 @@ use crate::routed::wire::Side;
 
 /// Compares the attachment with prevResult, and has IPAM check the lease.
 pub(crate) fn check(call: &Call, config: &Config) -> Result<()> {
-    let options = config.options(call)?;
+    let options = Options::read(&config.json, call)?;
     let ipam = Ipam::find(config, call)?;
     let previous = config.prev_result()?.ok_or_else(|| {
         CniError::new(

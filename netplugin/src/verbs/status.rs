@@ -6,12 +6,13 @@ use crate::cni::config::Config;
 use crate::cni::delegate::Ipam;
 use crate::cni::env::Call;
 use crate::cni::error::{CniError, Code, Result};
+use crate::cni::options::Options;
 use crate::cni::version::Version;
 
 /// Tries what every ADD needs: a config that can be read, netlink, the IPAM plugin. A plugin that knows STATUS is
 /// asked, too.
 pub(crate) fn status(call: &Call, config: &Config) -> Result<()> {
-    config.options(call)?;
+    Options::read(&config.json, call)?;
     let unavailable = |error: CniError| CniError {
         code: Code::NOT_AVAILABLE,
         ..error
