@@ -139,6 +139,12 @@ impl World {
         self.dir.path().join(name)
     }
 
+    /// Of the directory, and so of this world alone.
+    fn name(&self) -> String {
+        let name = self.dir.path().file_name().expect("a name");
+        name.to_string_lossy().into_owned()
+    }
+
     pub(crate) fn bundle(&self, id: &str) -> PathBuf {
         self.path("bundles").join(id)
     }
@@ -177,7 +183,7 @@ impl World {
                   "options": ["newinstance", "ptmxmode=0666", "mode=0620"] },
             ],
             "linux": {
-                "cgroupsPath": format!("/kbp-shim-test-{}-{id}", std::process::id()),
+                "cgroupsPath": format!("/{}-{id}", self.name()),
                 "namespaces": [{ "type": "pid" }, { "type": "mount" }, { "type": "ipc" }, { "type": "uts" }],
             },
         });
