@@ -32,20 +32,9 @@ struct Log {
 
 /// Sends this process' events (and its panics) to the bundle's log fifo; nowhere when there is none.
 pub fn install(bundle: &Path, debug: bool) {
-    let mut options = OpenOptions::new();
-    // As a reader too: then it does not break when containerd restarts.
-    options
-        .read(true)
-        .write(true)
-        .custom_flags(OFlag::O_NONBLOCK.bits());
-    let Ok(fifo) = options.open(bundle.join(FILE)) else {
-        return;
-    };
     let level = if debug { Level::DEBUG } else { Level::INFO };
-    let log = Log {
-        fifo: Arc::new(fifo),
-        level,
-        dropped: Arc::default(),
+    let Ok(log) = Log::open(&bundle.join(FILE), level) else {
+        return;
     };
     let panics = log.clone();
     std::panic::set_hook(Box::new(move |info| {
@@ -56,6 +45,20 @@ pub fn install(bundle: &Path, debug: bool) {
 }
 
 impl Log {
+    fn open(path: &Path, level: Level) -> std::io::Result<Self> {
+        let mut options = OpenOptions::new();
+        // As a reader too: then it does not break when containerd restarts.
+        options
+            .read(true)
+            .write(true)
+            .custom_flags(OFlag::O_NONBLOCK.bits());
+        Ok(Self {
+            fifo: Arc::new(options.open(path)?),
+            level,
+            dropped: Arc::default(),
+        })
+    }
+
     fn line(&self, level: Level, message: &str, fields: &str) {
         let level = match level {
             Level::ERROR => "error",
@@ -128,4 +131,78 @@ impl Subscriber for Log {
     fn enter(&self, _: &span::Id) {}
 
     fn exit(&self, _: &span::Id) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use nix::sys::stat::Mode;
+
+    use super::*;
+
+    fn fifo() -> (tempfile::TempDir, Log, File) {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join(FILE);
+        nix::unistd::mkfifo(&path, Mode::S_IRWXU).expect("make a fifo");
+        let log = Log::open(&path, Level::INFO).expect("open the fifo");
+        let mut options = OpenOptions::new();
+        let reader = options
+            .read(true)
+            .custom_flags(OFlag::O_NONBLOCK.bits())
+            .open(&path);
+        (directory, log, reader.expect("open the fifo"))
+    }
+
+    fn read(reader: &mut File) -> String {
+        let mut bytes = vec![0; 1 << 20];
+        let count = reader.read(&mut bytes).unwrap_or(0);
+        String::from_utf8_lossy(&bytes[..count]).into_owned()
+    }
+
+    #[test]
+    fn a_line_as_containerd_s_own() {
+        let (_directory, log, mut reader) = fifo();
+        tracing::subscriber::with_default(log, || {
+            tracing::warn!(pid = 7, "two\nlines");
+            tracing::debug!("too much");
+        });
+        let text = read(&mut reader);
+        let (time, rest) = text.split_once(' ').expect("words");
+        assert!(
+            time.starts_with("time=\"20") && time.ends_with("Z\""),
+            "{time}"
+        );
+        assert_eq!(
+            rest,
+            "level=warning msg=\"two\\nlines\" runtime=io.containerd.kbp.v1 pid=7\n"
+        );
+    }
+
+    #[test]
+    fn a_full_fifo_keeps_nobody_waiting_and_the_loss_is_told() {
+        let (_directory, log, mut reader) = fifo();
+        let long = "x".repeat(2 * MAX_LINE);
+        for _ in 0..100 {
+            log.line(Level::INFO, &long, "");
+        }
+        let kept = read(&mut reader);
+        assert!(
+            kept.lines()
+                .all(|line| line.len() <= MAX_LINE && line.starts_with("time=")),
+            "whole lines"
+        );
+        log.line(Level::INFO, "again", "");
+        let text = read(&mut reader);
+        let lost = 100 - kept.lines().count();
+        assert!(
+            lost > 0 && text.contains(&format!("{lost} log lines were dropped")),
+            "{lost}: {text}"
+        );
+        assert!(
+            text.trim_end()
+                .ends_with("msg=\"again\" runtime=io.containerd.kbp.v1"),
+            "{text}"
+        );
+    }
 }

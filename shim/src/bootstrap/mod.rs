@@ -33,10 +33,23 @@ pub fn main() -> ExitCode {
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{RUNTIME_NAME}: {error:#}");
+            eprintln!("{RUNTIME_NAME}: {}", chain(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error with its causes; most of ours repeat theirs already.
+fn chain(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 fn run() -> anyhow::Result<()> {
@@ -76,4 +89,18 @@ fn answer(bytes: &[u8]) -> anyhow::Result<()> {
         .write_all(bytes)
         .and_then(|()| stdout.flush())
         .context("write the answer to standard output")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let inner =
+            crate::task::Error::io("read x")(std::io::Error::from(std::io::ErrorKind::NotFound));
+        let error = anyhow::Error::from(inner).context("start");
+        assert_eq!(chain(&error), "start: read x: entity not found");
+        assert_eq!(chain(&anyhow::anyhow!("alone")), "alone");
+    }
 }

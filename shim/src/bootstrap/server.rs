@@ -54,7 +54,7 @@ pub fn serve(flags: &Flags) -> anyhow::Result<()> {
         address::remove(&socket);
     }
     if let Err(error) = &served {
-        tracing::error!("{error:#}");
+        tracing::error!("{}", super::chain(error));
     }
     // Whatever still runs (a copy to a fifo that nobody reads) must not keep the process.
     runtime.shutdown_background();

@@ -189,3 +189,93 @@ async fn forward(
         .map_err(|_| ttrpc::Error::Others(format!("no answer within {ANSWER_LIMIT:?}")))?
         .map(drop)
 }
+
+#[cfg(test)]
+mod tests {
+    use async_trait::async_trait;
+    use containerd_shim_protos::protobuf::well_known_types::empty::Empty;
+    use containerd_shim_protos::shim_async::{Events, create_events};
+    use containerd_shim_protos::ttrpc::r#async::{Server, TtrpcContext};
+
+    use super::*;
+
+    /// Takes each event at the second attempt; never one of another namespace.
+    struct Reluctant {
+        taken: mpsc::UnboundedSender<String>,
+        refused: Mutex<Option<String>>,
+    }
+
+    #[async_trait]
+    impl Events for Reluctant {
+        async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
+            let envelope = request.envelope.unwrap_or_default();
+            let event =
+                events::TaskExit::parse_from_bytes(&envelope.event.value).expect("a TaskExit");
+            let status = |code| Err(ttrpc::Error::RpcStatus(ttrpc::get_status(code, "no")));
+            if event.container_id == "bad" {
+                return status(Code::INVALID_ARGUMENT);
+            }
+            let mut refused = self.refused.lock().expect("not poisoned");
+            if refused.as_ref() != Some(&event.container_id) {
+                *refused = Some(event.container_id);
+                return status(Code::UNAVAILABLE);
+            }
+            self.taken
+                .send(event.container_id)
+                .expect("the test listens");
+            Ok(Empty::new())
+        }
+    }
+
+    fn exit_of(id: &str) -> events::TaskExit {
+        events::TaskExit {
+            container_id: id.to_owned(),
+            ..Default::default()
+        }
+    }
+
+    #[tokio::test]
+    async fn events_keep_their_order_while_containerd_is_away_and_refuses() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let address = directory.path().join("events.sock").display().to_string();
+        let (publisher, delivery) = Publisher::start("ns", &address);
+        let (taken, mut arrivals) = mpsc::unbounded_channel();
+        publisher.publish(&exit_of("a"));
+        publisher.publish(&exit_of("bad"));
+        publisher.publish(&exit_of("b"));
+        // The first attempts find nobody.
+        tokio::task::yield_now().await;
+        let service = Reluctant {
+            taken,
+            refused: Mutex::default(),
+        };
+        let mut server = Server::new()
+            .bind(&format!("unix://{address}"))
+            .expect("listen")
+            .register_service(create_events(Arc::new(service)));
+        server.start().await.expect("serve");
+        publisher.publish(&exit_of("c"));
+        publisher.close();
+        publisher.publish(&exit_of("late"));
+        timeout(Duration::from_secs(30), delivery)
+            .await
+            .expect("in time")
+            .expect("no panic");
+        let mut order = Vec::new();
+        while let Ok(id) = arrivals.try_recv() {
+            order.push(id);
+        }
+        assert_eq!(order, ["a", "b", "c"]);
+    }
+
+    #[tokio::test]
+    async fn without_an_address_events_go_nowhere() {
+        let (publisher, delivery) = Publisher::start("ns", "");
+        publisher.publish(&exit_of("a"));
+        publisher.close();
+        timeout(Duration::from_secs(30), delivery)
+            .await
+            .expect("in time")
+            .expect("no panic");
+    }
+}

@@ -127,7 +127,16 @@ impl Options {
             }
             "runtimeoptions.v1.Options" => {
                 let generic = Generic::decode(&any.value).map_err(|error| malformed(&error))?;
-                toml::from_str(&generic.toml()?).map_err(|error| malformed(&error.message()))
+                let text = generic.toml()?;
+                toml::from_str(&text).map_err(|error: toml::de::Error| {
+                    let at = error.span().map_or(0, |span| span.start);
+                    let before = text.get(..at).unwrap_or_default();
+                    let line = text
+                        .lines()
+                        .nth(before.matches('\n').count())
+                        .unwrap_or_default();
+                    malformed(&format_args!("{} in {line:?}", error.message()))
+                })
             }
             _ => Err(Error::InvalidArgument(format!(
                 "runtime options of type {:?} are not understood: expected containerd.runc.v1.Options or runtimeoptions.v1.Options",
@@ -167,5 +176,96 @@ impl Options {
             &self.root
         };
         Path::new(root).join(namespace)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn any(type_url: &str, value: Vec<u8>) -> Any {
+        Any {
+            type_url: type_url.to_owned(),
+            value,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn both_kinds_by_their_types() {
+        let runc = oci::Options {
+            binary_name: "crun".to_owned(),
+            io_uid: 7,
+            ..Default::default()
+        };
+        let value = runc.write_to_bytes().expect("encode");
+        for name in [
+            "containerd.runc.v1.Options",
+            "types.containerd.io/containerd.runc.v1.Options",
+        ] {
+            let options = Options::decode(&any(name, value.clone())).expect(name);
+            assert_eq!((options.binary_name.as_str(), options.io_uid), ("crun", 7));
+        }
+        // type_url (1), config_body (3) and a field that is not known yet (4).
+        let value = b"\x0a\x01t\x1a\x28SystemdCgroup = true\nIoGid = 9\nother = 1\x20\x05".to_vec();
+        let options = Options::decode(&any("runtimeoptions.v1.Options", value)).expect("TOML");
+        assert_eq!((options.systemd_cgroup, options.io_gid), (true, 9));
+        assert_eq!(
+            Options::decode(&Any::new()).expect("nothing"),
+            Options::default()
+        );
+    }
+
+    #[test]
+    fn what_is_not_understood_is_named() {
+        for (name, value, part) in [
+            ("example.Options", "", "example.Options"),
+            (
+                "runtimeoptions.v1.Options",
+                "\x1a\x09IoUid = -",
+                "IoUid = -",
+            ),
+            ("runtimeoptions.v1.Options", "\x12\x05/none", "/none"),
+            ("runtimeoptions.v1.Options", "\x1a\x7f", "runtimeoptions"),
+            ("containerd.runc.v1.Options", "\x0a", "containerd.runc"),
+        ] {
+            let error = Options::decode(&any(name, value.as_bytes().to_vec()))
+                .expect_err(name)
+                .to_string();
+            assert!(error.contains(part), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_is_stored_is_loaded() {
+        let bundle = tempfile::tempdir().expect("a directory");
+        assert_eq!(
+            Options::load(bundle.path()).expect("none"),
+            Options::default()
+        );
+        let options = Options {
+            root: "/r".to_owned(),
+            no_pivot_root: true,
+            io_uid: 3,
+            ..Default::default()
+        };
+        options.store(bundle.path()).expect("store");
+        assert_eq!(Options::load(bundle.path()).expect("stored"), options);
+        assert_eq!(options.runtime_root("ns"), Path::new("/r/ns"));
+        assert_eq!(
+            Options::default().runtime_root("ns"),
+            Path::new("/run/containerd/runc/ns")
+        );
+        // As the runc v2 shim leaves it.
+        fs::write(
+            bundle.path().join(FILE),
+            "{\"binary_name\":\"crun\",\"systemd_cgroup\":true}",
+        )
+        .expect("write");
+        let options = Options::load(bundle.path()).expect("the other shim's");
+        assert_eq!(
+            (options.binary_name.as_str(), options.systemd_cgroup),
+            ("crun", true)
+        );
     }
 }

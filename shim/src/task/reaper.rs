@@ -147,16 +147,20 @@ impl Reaper {
     fn reap(&self) {
         loop {
             let mut table = self.lock();
-            let ended = match process::peek_ended() {
+            let pid = match process::peek_ended() {
+                Ok(Some(pid)) => pid,
                 Ok(None) => return,
-                Ok(Some(pid)) => process::consume(pid),
-                Err(error) => Err(error),
+                Err(error) => {
+                    tracing::error!("cannot look for processes that ended: {error}");
+                    return;
+                }
             };
-            let ended = match ended {
+            let ended = match process::consume(pid) {
                 Ok(ended) => ended,
                 Err(error) => {
+                    // Somebody else was faster; nothing in the shim is.
                     tracing::error!("cannot reap: {error}");
-                    return;
+                    continue;
                 }
             };
             let exit = Exit {

@@ -70,3 +70,42 @@ impl Spec {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(linux: &str) -> Spec {
+        serde_json::from_str(&format!("{{\"linux\":{linux},\"hooks\":null}}"))
+            .expect("a specification")
+    }
+
+    #[test]
+    fn systemd_cgroups_have_three_parts() {
+        for (path, systemd) in [
+            ("system.slice:docker:abc", true),
+            (":docker:abc", true),
+            ("/default/abc", false),
+            ("", false),
+            ("a:b", false),
+            ("/kubepods/pod:1:2", false),
+        ] {
+            let spec = spec(&format!("{{\"cgroupsPath\":\"{path}\"}}"));
+            assert_eq!(spec.has_systemd_cgroup(), systemd, "{path}");
+        }
+        assert!(!Spec::default().has_systemd_cgroup());
+    }
+
+    #[test]
+    fn a_pid_namespace_is_one_s_own_when_it_has_no_path() {
+        assert!(
+            spec(r#"{"namespaces":[{"type":"mount"},{"type":"pid"}]}"#).has_own_pid_namespace()
+        );
+        assert!(
+            !spec(r#"{"namespaces":[{"type":"pid","path":"/proc/1/ns/pid"}]}"#)
+                .has_own_pid_namespace()
+        );
+        assert!(!spec(r#"{"namespaces":[{"type":"network"}]}"#).has_own_pid_namespace());
+        assert!(!spec("{}").has_own_pid_namespace());
+    }
+}

@@ -221,10 +221,12 @@ async fn what_is_wrong_is_told_on_standard_error() {
 }
 
 #[tokio::test]
-async fn the_server_is_a_quiet_subreaper_without_huge_pages() {
+async fn the_server_is_quiet_and_has_no_huge_pages_but_its_containers_may() {
     let world = World::new().await;
-    world.add_bundle("c", &["true"]);
-    let shim = world.start_shim("c").await;
+    let shim = world.created("c", &["sleep", "1000"]).await;
+    let init = shim.start_init("c").await;
+    let of_init = fs::read_to_string(format!("/proc/{init}/status")).expect("a file of /proc");
+    assert!(of_init.contains("THP_enabled:\t1\n"), "{of_init}");
     let proc = |name: &str| {
         fs::read_to_string(format!("/proc/{}/{name}", shim.pid)).expect("a file of /proc")
     };
@@ -245,5 +247,77 @@ async fn the_server_is_a_quiet_subreaper_without_huge_pages() {
     let own = fs::read_to_string("/proc/self/oom_score_adj").expect("own score");
     let score: i32 = proc("oom_score_adj").trim().parse().expect("a number");
     assert_eq!(score, own.trim().parse::<i32>().expect("a number") + 1);
+}
+
+#[tokio::test]
+async fn the_server_goes_into_the_cgroup_that_the_options_name() {
+    let mut world = World::new().await;
+    let name = world
+        .path("")
+        .file_name()
+        .expect("a name")
+        .to_string_lossy()
+        .into_owned();
+    let root = Path::new("/sys/fs/cgroup");
+    let unified = root.join("cgroup.controllers").exists();
+    let cgroup = if unified {
+        root.join(&name)
+    } else {
+        root.join("pids").join(&name)
+    };
+    fs::create_dir(&cgroup).expect("make a cgroup");
+    world.options.shim_cgroup = format!("/{name}");
+    world.add_bundle("c", &["true"]);
+    let shim = world.start_shim("c").await;
+    let joined = fs::read_to_string(cgroup.join("cgroup.procs"));
+    let pid = shim.pid;
     shim.end().await;
+    fs::remove_dir(&cgroup).expect("remove the cgroup");
+    assert_eq!(joined.expect("its processes").trim(), pid.to_string());
+
+    world.options.shim_cgroup = "/nonexistent/cgroup".to_owned();
+    let output = world.run(world.binary("c", &["start"]), &world.bootstrap_params("c"));
+    assert!(!output.status.success() && output.stdout.is_empty());
+    assert!(
+        text(&output.stderr).contains("/nonexistent/cgroup"),
+        "{}",
+        text(&output.stderr)
+    );
+    assert_eq!(world.leftovers("c"), [""; 0], "no socket");
+}
+
+#[tokio::test]
+async fn a_server_can_be_started_by_hand() {
+    let world = World::new().await;
+    world.add_bundle("c", &["true"]);
+    let socket = world.path("by-hand.sock");
+    let mut server = world
+        .binary("c", &["-socket", &socket.display().to_string()])
+        .spawn()
+        .expect("start the server");
+    until("the socket", || socket.exists()).await;
+    let shim = world.connect(&format!("unix://{}", socket.display())).await;
+    assert_eq!(shim.pid, server.id());
+    let _ = shim.shutdown(&api::ShutdownRequest::new()).await;
+    let ended = tokio::task::spawn_blocking(move || server.wait().expect("its end"));
+    assert!(within(ended).await.expect("no panic").success());
+    assert!(!socket.exists());
+}
+
+#[tokio::test]
+async fn a_server_that_is_asked_to_terminate_leaves_no_socket() {
+    let world = World::new().await;
+    world.add_bundle("c", &["true"]);
+    let shim = world.start_shim("c").await;
+    kbp_kernel::process::kill(shim.pid, 13).expect("SIGPIPE");
+    assert!(
+        shim.stats(&api::StatsRequest::new()).await.is_err(),
+        "alive, and has no such container"
+    );
+    kbp_kernel::process::kill(shim.pid, 15).expect("SIGTERM");
+    until("the server's end", || {
+        !Path::new(&format!("/proc/{}/exe", shim.pid)).exists()
+    })
+    .await;
+    assert_eq!(world.leftovers("c"), [""; 0]);
 }

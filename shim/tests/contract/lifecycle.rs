@@ -520,6 +520,43 @@ async fn the_root_file_system_is_mounted_from_creation_to_deletion() {
 }
 
 #[tokio::test]
+async fn layers_whose_names_fill_more_than_a_page_are_mounted() {
+    let world = World::new().await;
+    let bundle = world.add_bundle_with("c", &["true"], |spec| {
+        spec["root"]["path"] = json!("rootfs")
+    });
+    let layers = world.path("a-directory-with-a-long-name-that-all-of-the-layers-have-in-common");
+    let base = layers.join("base");
+    std::fs::create_dir_all(&layers).expect("make a directory");
+    std::fs::rename(world.path("rootfs"), &base).expect("move the base");
+    let mut lower = vec![base.display().to_string()];
+    for layer in 0..100 {
+        let path = layers.join(layer.to_string());
+        std::fs::create_dir_all(path.join(format!("from-{layer}"))).expect("make a layer");
+        lower.insert(0, path.display().to_string());
+    }
+    let lower = format!("lowerdir={}", lower.join(":"));
+    assert!(lower.len() > 4096);
+    let shim = world.start_shim("c").await;
+    let mut request = world.create_request("c");
+    request.rootfs.push(api::Mount {
+        type_: "overlay".to_owned(),
+        source: "overlay".to_owned(),
+        options: vec![lower],
+        ..Default::default()
+    });
+    shim.create(&request).await.expect("create");
+    assert!(bundle.join("rootfs/from-0").exists() && bundle.join("rootfs/from-99").exists());
+    shim.remove("c", "").await.expect("delete");
+    assert_eq!(
+        std::fs::read_dir(bundle.join("rootfs"))
+            .expect("the mount point")
+            .count(),
+        0
+    );
+}
+
+#[tokio::test]
 async fn both_versions_of_the_service_answer() {
     let world = World::new().await;
     let shim = world.created("c", &["true"]).await;
