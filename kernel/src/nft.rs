@@ -14,8 +14,9 @@
 //! }
 //! ```
 //!
-//! Every change is one transaction of the kernel, and each addition carries all it depends on, so
-//! any number of processes may add, remove and clean up at once without a lock between them.
+//! Every change is one transaction of the kernel, and each addition carries all it depends on, or is
+//! made only if nothing has changed since all of that was seen, so any number of processes may add,
+//! remove and clean up at once without a lock between them.
 
 mod family;
 mod message;
@@ -117,6 +118,15 @@ impl MasqueradeTable {
             });
         }
         let local = ranges::outermost(local);
+        let added = retry(&[ERESTART], CHEAP_ATTEMPTS, || {
+            self.add_to_complete(owner, addresses, &local)
+        });
+        match added {
+            Ok(true) => return Ok(()),
+            Err(error) if error.errno() != Some(ERESTART) => return Err(error),
+            // Not all of it is there, or others change the tables without a pause.
+            _ => {}
+        }
         retry(&[libc::EEXIST, libc::ENOENT], ATTEMPTS, || {
             let mut requests = self.messages.structure();
             for address in addresses {
@@ -137,6 +147,34 @@ impl MasqueradeTable {
             }
             self.transact(None, requests)
         })
+    }
+
+    /// Adds `addresses` that are not there to a table that has everything else; whether it did. A
+    /// transaction that also deletes, as the general one does, makes the kernel wait for an RCU grace
+    /// period, about 10 ms, when this socket is closed (nft_rcv_nl_event in nf_tables_api.c).
+    fn add_to_complete(
+        &mut self,
+        owner: &str,
+        addresses: &[IpAddr],
+        local: &[IpNet],
+    ) -> Result<bool> {
+        let generation = self.generation()?;
+        let present = self.local()?;
+        let covered = |range: &IpNet| present.iter().any(|other| other.contains(range));
+        let complete = self.is_active()?
+            && local.iter().all(covered)
+            && !self
+                .list()?
+                .iter()
+                .any(|entry| addresses.contains(&entry.address));
+        if complete && !addresses.is_empty() {
+            let requests = addresses
+                .iter()
+                .map(|address| self.messages.add_pod(*address, owner));
+            let requests = requests.collect();
+            self.transact(Some(generation), requests)?;
+        }
+        Ok(complete)
     }
 
     /// Removes addresses, whoever owns them; fine when they, or the table, are not there.

@@ -156,20 +156,28 @@ impl Messages {
             .with_flags(netlink_packet_core::NLM_F_APPEND)
     }
 
+    /// Adds an address to its set; one that is there keeps its owner.
+    pub(super) fn add_pod(&self, address: IpAddr, owner: &str) -> Request {
+        self.create_pod(address, owner, Some(owner))
+    }
+
     /// Adds an address to its set, whether it is there or not, with this owner.
     pub(super) fn replace_pod(&self, address: IpAddr, owner: &str) -> [Request; 3] {
-        let element = |comment| {
-            let message = self.elements(Family::of(address).pods, vec![pod(address, comment)]);
-            NfTablesMessage::NewSetElement(message)
-        };
-        let what = || format!("{address} for {owner}");
         // The first makes sure that there is one to delete, the second that the last is new: an
         // element that is there would keep its comment.
         [
-            self.create(what(), element(None)),
+            self.create_pod(address, owner, None),
             self.delete_pod(address),
-            self.create(what(), element(Some(owner))),
+            self.create_pod(address, owner, Some(owner)),
         ]
+    }
+
+    fn create_pod(&self, address: IpAddr, owner: &str, comment: Option<&str>) -> Request {
+        let message = self.elements(Family::of(address).pods, vec![pod(address, comment)]);
+        self.create(
+            format!("{address} for {owner}"),
+            NfTablesMessage::NewSetElement(message),
+        )
     }
 
     /// Removes an address; ENOENT when it is not there.

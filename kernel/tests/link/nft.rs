@@ -179,6 +179,35 @@ fn adding_again_changes_the_owner_and_nothing_else() {
 }
 
 #[test]
+fn another_address_leaves_what_is_complete_as_it_is() {
+    let (netns, mut table) = table();
+    let ranges = [net("10.88.0.0/16")];
+    table.add("a", &[ip("10.88.0.2")], &ranges).expect("add");
+    // A rule that is written anew has another handle.
+    let handles = || nft(&netns, "--handle list chain inet kbptest postrouting");
+    let before = handles();
+    table
+        .add("b", &[ip("10.88.0.3")], &[net("10.88.1.0/24")])
+        .expect("another");
+    assert_eq!(handles(), before);
+    let mut listed = table.list().expect("list");
+    listed.sort_by_key(|entry| entry.address);
+    let expected = [masqueraded("10.88.0.2", "a"), masqueraded("10.88.0.3", "b")];
+    assert_eq!(listed, expected);
+    assert_eq!(table.local().expect("list"), ranges);
+    // Something is missing, or in the way: everything is written.
+    table
+        .add("c", &[ip("10.88.0.4")], &[net("10.89.0.0/16")])
+        .expect("another range");
+    assert_ne!(handles(), before);
+    let before = handles();
+    table
+        .add("c", &[ip("10.88.0.2")], &ranges)
+        .expect("another owner");
+    assert_ne!(handles(), before);
+}
+
+#[test]
 fn what_somebody_deleted_is_mended() {
     let (netns, mut table) = table();
     table.add("a", &[ip("10.88.0.2")], &[]).expect("add");
