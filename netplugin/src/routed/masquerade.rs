@@ -29,16 +29,9 @@ pub(crate) fn remove(host: &Netns, is_gone: impl Fn(&str) -> bool) -> Result<()>
         Err(Error::Unsupported { .. }) => return Ok(()),
         other => other?,
     };
-    let entries = table.list()?;
-    let addresses: Vec<IpAddr> = entries
-        .into_iter()
-        .filter(|entry| is_gone(&entry.owner))
-        .map(|entry| entry.address)
-        .collect();
-    if addresses.is_empty() {
+    if table.remove_owned(is_gone)? == 0 {
         return Ok(());
     }
-    table.remove(&addresses)?;
     table.delete_if_unused()?;
     Ok(())
 }
