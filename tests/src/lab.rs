@@ -178,6 +178,11 @@ impl<'s> Lab<'s> {
         })?;
         spec["root"] = serde_json::json!({ "path": self.rootfs.dir() });
         spec["process"]["args"] = command.into();
+        // As with `Run::new`: there is no image that would say so.
+        spec["process"]["env"] =
+            ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
+                .as_slice()
+                .into();
         spec["process"]["terminal"] = false.into();
         spec["process"]["cwd"] = "/".into();
         spec["linux"]["cgroupsPath"] = format!("/{}/{id}", self.sandbox.name()).into();
