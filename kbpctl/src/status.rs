@@ -79,7 +79,7 @@ fn render(status: &Status, dir: &Path, verbose: bool) -> String {
     if !status.stale.is_empty() {
         out += "\nstale (the next pod that starts removes what a dead owner left):\n";
         for stale in &status.stale {
-            out += &format!("  pods/{}.json: {}\n", stale.id, stale.reason);
+            out += &format!("  pods/{}: {}\n", stale.file, stale.reason);
         }
     }
     out
@@ -184,7 +184,7 @@ mod tests {
         Status {
             pods,
             stale: vec![Stale {
-                id: "gone".to_owned(),
+                file: "gone@default.json".to_owned(),
                 reason: "its owner, process 3, is gone".to_owned(),
                 owner_gone: true,
             }],
@@ -216,7 +216,7 @@ mod tests {
             "{text}"
         );
         assert!(
-            text.contains("pods/gone.json: its owner, process 3, is gone"),
+            text.contains("pods/gone@default.json: its owner, process 3, is gone"),
             "{text}"
         );
         assert!(!text.contains("auto: shared CPUs"), "{text}");

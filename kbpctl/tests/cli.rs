@@ -256,7 +256,7 @@ fn status_lists_the_pods_that_live_and_names_the_files_that_do_not() {
         "default/alive",
         "20 µs",
         "missing pollable-veth: eth0 is a netkit",
-        "pods/dead.json: its owner",
+        "pods/dead@default.json: its owner",
     ] {
         assert!(said.contains(part), "{part}: {said}");
     }
@@ -265,7 +265,7 @@ fn status_lists_the_pods_that_live_and_names_the_files_that_do_not() {
     let status: Value = serde_json::from_slice(&output.stdout).expect("JSON");
     assert_eq!(status["pods"][0]["id"], "alive");
     assert_eq!(status["pods"].as_array().map(Vec::len), Some(1));
-    assert_eq!(status["stale"][0]["id"], "dead");
+    assert_eq!(status["stale"][0]["file"], "dead@default.json");
 }
 
 #[test]

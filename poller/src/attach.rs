@@ -48,6 +48,7 @@ pub struct Attachment {
     keeper: Option<Keeper>,
     record: Arc<Record>,
     state_dir: PathBuf,
+    namespace: String,
     id: String,
     before: Option<Before>,
     ended: bool,
@@ -100,7 +101,7 @@ pub fn attach(request: AttachRequest) -> Result<Outcome> {
     // that start together would both choose the same CPU.
     let lock = state::lock(state_dir);
     let pods = state::read_all(state_dir)?;
-    refuse_second_owner(&request.id, &pods)?;
+    refuse_second_owner(&request, &pods)?;
     parts.choose_worker(&request, &pods);
     parts.refuse_degraded(&request)?;
     let record = Arc::new(parts.record(&request)?);
@@ -111,6 +112,7 @@ pub fn attach(request: AttachRequest) -> Result<Outcome> {
         keeper: None,
         record: Arc::clone(&record),
         state_dir: state_dir.clone(),
+        namespace: request.namespace.clone(),
         id: request.id.clone(),
         before: None,
         ended: false,
@@ -143,11 +145,12 @@ pub fn attach(request: AttachRequest) -> Result<Outcome> {
 }
 
 /// Two owners of one state file would each take away the other's.
-fn refuse_second_owner(id: &str, pods: &[PodState]) -> Result<()> {
+fn refuse_second_owner(request: &AttachRequest, pods: &[PodState]) -> Result<()> {
     let here = std::process::id();
-    match pods.iter().find(|p| p.id == id && p.owner_pid != here) {
+    let same = |pod: &&PodState| pod.is(&request.namespace, &request.id) && pod.owner_pid != here;
+    match pods.iter().find(same) {
         Some(pod) => Err(Error::AlreadyAttached {
-            id: id.to_owned(),
+            id: request.id.clone(),
             owner: pod.owner_pid,
         }),
         None => Ok(()),
@@ -165,11 +168,11 @@ pub fn clear_leftovers(state_dir: &Path) -> Result<()> {
         .filter(|s| s.owner_gone)
     {
         tracing::info!(
-            id = stale.id,
+            file = stale.file,
             reason = stale.reason,
             "removing a state file"
         );
-        state::remove(state_dir, &stale.id)?;
+        state::remove_stale(state_dir, &stale)?;
     }
     claim::sweep(state_dir)
 }
@@ -351,7 +354,7 @@ impl Attachment {
         // The worker and its claim live on the keeper's thread, and dropping it waits for that.
         self.keeper = None;
         self.ended = true;
-        state::remove(&self.state_dir, &self.id)
+        state::remove(&self.state_dir, &self.namespace, &self.id)
     }
 }
 

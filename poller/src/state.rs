@@ -1,4 +1,4 @@
-//! `<state_dir>/pods/<id>.json`: what is true now. Written by the owner of the worker (rename, mode 0600), gone with the pod.
+//! `<state_dir>/pods/<id>@<namespace>.json`: what is true now. Written by the owner of the worker (rename, mode 0600), gone with the pod.
 
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -18,8 +18,9 @@ use crate::{Error, Result};
 /// How long to wait for another process that places its worker. It takes a few milliseconds.
 const LOCK_WAIT: Duration = Duration::from_secs(1);
 
-/// Bytes of the longest id that a file name can carry beside its suffixes.
-const MAX_ID: usize = 200;
+/// Bytes of the longest id and of the longest namespace: a file name carries both, and 255 bytes at most. containerd's have
+/// up to 76.
+const MAX_ID: usize = 110;
 
 /// A part of kbp that can be missing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -135,6 +136,11 @@ pub struct PodState {
 }
 
 impl PodState {
+    /// Whether it is this pod's: ids are unique in a containerd namespace only.
+    pub fn is(&self, namespace: &str, id: &str) -> bool {
+        self.namespace == namespace && self.id == id
+    }
+
     fn owner_lives(&self) -> bool {
         start_time(self.owner_pid) == Some(self.owner_start)
     }
@@ -143,8 +149,8 @@ impl PodState {
 /// A state file that describes nothing any more.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Stale {
-    /// The id in its name.
-    pub id: String,
+    /// Its name in the directory of the state files.
+    pub file: String,
     /// Why it is stale.
     pub reason: String,
     /// Whether its owner is gone, so that it may be removed; else it is not a state file of this version.
@@ -161,10 +167,10 @@ pub fn stale(state_dir: &Path) -> Result<Vec<Stale>> {
     Ok(scan(state_dir)?.1)
 }
 
-/// CPUs that other pods than `id` hold: in a cpuset that is a real part of `online`, or by a dedicated worker.
-pub fn taken_cpus(state_dir: &Path, id: &str, online: &CpuSet) -> Result<CpuSet> {
+/// CPUs that other pods than this one hold: in a cpuset that is a real part of `online`, or by a dedicated worker.
+pub fn taken_cpus(state_dir: &Path, namespace: &str, id: &str, online: &CpuSet) -> Result<CpuSet> {
     let mut pods = read_all(state_dir)?;
-    pods.retain(|pod| pod.id != id);
+    pods.retain(|pod| !pod.is(namespace, id));
     Ok(taken_by(&pods, online))
 }
 
@@ -187,11 +193,16 @@ pub(crate) fn taken_by(pods: &[PodState], online: &CpuSet) -> CpuSet {
 
 /// Writes or replaces one pod's file.
 pub fn write(state_dir: &Path, state: &PodState) -> Result<()> {
-    let path = file_of(state_dir, &state.id)?;
+    let path = file_of(state_dir, &state.namespace, &state.id)?;
     let pods = pods_dir(state_dir);
     create_dir(&pods)?;
     // A leading dot keeps the half-written file out of `scan`; the owner's pid keeps two owners apart.
-    let temporary = pods.join(format!(".{}.{}.tmp", state.id, std::process::id()));
+    let temporary = pods.join(format!(
+        ".{}@{}.{}.tmp",
+        state.id,
+        state.namespace,
+        std::process::id()
+    ));
     let written = write_file(&temporary, state).and_then(|()| fs::rename(&temporary, &path));
     written.map_err(|source| {
         // Best effort: the write is what failed, and it is reported.
@@ -201,9 +212,17 @@ pub fn write(state_dir: &Path, state: &PodState) -> Result<()> {
 }
 
 /// Removes one pod's file; fine when it is not there.
-pub fn remove(state_dir: &Path, id: &str) -> Result<()> {
-    let path = file_of(state_dir, id)?;
-    match fs::remove_file(&path) {
+pub fn remove(state_dir: &Path, namespace: &str, id: &str) -> Result<()> {
+    remove_file(&file_of(state_dir, namespace, id)?)
+}
+
+/// Removes a stale file; fine when it is not there.
+pub(crate) fn remove_stale(state_dir: &Path, stale: &Stale) -> Result<()> {
+    remove_file(&pods_dir(state_dir).join(&stale.file))
+}
+
+fn remove_file(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io(
             format!("remove state file {}", path.display()),
             e,
@@ -268,20 +287,26 @@ fn pods_dir(state_dir: &Path) -> PathBuf {
     state_dir.join("pods")
 }
 
-/// The file of a pod. Ids come from outside, and one with a slash would name another place.
-fn file_of(state_dir: &Path, id: &str) -> Result<PathBuf> {
+/// The file of a pod. Names come from outside, and one with a slash would lead to another place.
+fn file_of(state_dir: &Path, namespace: &str, id: &str) -> Result<PathBuf> {
     let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
-    if id.is_empty() || id.len() > MAX_ID || id.starts_with('.') || !id.bytes().all(plain) {
-        return Err(Error::InvalidValue {
-            origin: "attach".to_owned(),
-            key: "id".to_owned(),
-            value: id.to_owned(),
-            allowed: format!(
-                "1 to {MAX_ID} letters, digits, dots, dashes and underscores, not starting with a dot"
-            ),
-        });
+    for (key, name) in [("id", id), ("namespace", namespace)] {
+        if name.is_empty()
+            || name.len() > MAX_ID
+            || name.starts_with('.')
+            || !name.bytes().all(plain)
+        {
+            return Err(Error::InvalidValue {
+                origin: "attach".to_owned(),
+                key: key.to_owned(),
+                value: name.to_owned(),
+                allowed: format!(
+                    "1 to {MAX_ID} letters, digits, dots, dashes and underscores, not starting with a dot"
+                ),
+            });
+        }
     }
-    Ok(pods_dir(state_dir).join(format!("{id}.json")))
+    Ok(pods_dir(state_dir).join(format!("{id}@{namespace}.json")))
 }
 
 fn write_file(path: &Path, state: &PodState) -> io::Result<()> {
@@ -311,7 +336,9 @@ fn scan(state_dir: &Path) -> Result<(Vec<PodState>, Vec<Stale>)> {
     }
     paths.sort();
     for path in paths {
-        let Some(id) = id_of(&path) else { continue };
+        let Some(file) = name_of(&path) else {
+            continue;
+        };
         let text = match fs::read(&path) {
             Ok(text) => text,
             // The pod went away between the listing and the reading.
@@ -321,12 +348,12 @@ fn scan(state_dir: &Path) -> Result<(Vec<PodState>, Vec<Stale>)> {
         match serde_json::from_slice::<PodState>(&text) {
             Ok(state) if state.owner_lives() => live.push(state),
             Ok(state) => stale.push(Stale {
-                id,
+                file,
                 reason: format!("its owner, process {}, is gone", state.owner_pid),
                 owner_gone: true,
             }),
             Err(e) => stale.push(Stale {
-                id,
+                file,
                 reason: format!("not a state file of this version: {e}"),
                 owner_gone: false,
             }),
@@ -335,9 +362,10 @@ fn scan(state_dir: &Path) -> Result<(Vec<PodState>, Vec<Stale>)> {
     Ok((live, stale))
 }
 
-fn id_of(path: &Path) -> Option<String> {
-    let id = path.file_stem()?.to_str()?;
-    (path.extension() == Some(OsStr::new("json")) && !id.starts_with('.')).then(|| id.to_owned())
+fn name_of(path: &Path) -> Option<String> {
+    let name = path.file_name()?.to_str()?;
+    (path.extension() == Some(OsStr::new("json")) && !name.starts_with('.'))
+        .then(|| name.to_owned())
 }
 
 #[cfg(test)]
@@ -383,7 +411,7 @@ mod tests {
 
         assert_eq!(mode(&root), 0o700);
         assert_eq!(mode(&root.join("pods")), 0o700);
-        assert_eq!(mode(&root.join("pods/a.b-c_1.json")), 0o600);
+        assert_eq!(mode(&root.join("pods/a.b-c_1@test.json")), 0o600);
         assert_eq!(
             fs::read_dir(root.join("pods")).expect("list").count(),
             1,
@@ -392,9 +420,21 @@ mod tests {
         assert_eq!(read_all(&root).expect("read"), [state]);
         assert_eq!(stale(&root).expect("stale"), []);
 
-        remove(&root, "a.b-c_1").expect("remove");
-        remove(&root, "a.b-c_1").expect("removing twice is fine");
+        remove(&root, "test", "a.b-c_1").expect("remove");
+        remove(&root, "test", "a.b-c_1").expect("removing twice is fine");
         assert_eq!(read_all(&root).expect("read"), []);
+    }
+
+    #[test]
+    fn an_id_is_one_pods_in_its_namespace_only() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (here, mut there) = (pod("c"), pod("c"));
+        there.namespace = "other".to_owned();
+        write(dir.path(), &here).expect("write");
+        write(dir.path(), &there).expect("write");
+        assert_eq!(read_all(dir.path()).expect("read").len(), 2);
+        remove(dir.path(), "test", "c").expect("remove");
+        assert_eq!(read_all(dir.path()).expect("read"), [there]);
     }
 
     #[test]
@@ -410,8 +450,8 @@ mod tests {
         assert_eq!(read_all(dir.path()).expect("read"), []);
         let stale = stale(dir.path()).expect("stale");
         assert_eq!(
-            stale.iter().map(|s| s.id.as_str()).collect::<Vec<_>>(),
-            ["broken", "dead"]
+            stale.iter().map(|s| s.file.as_str()).collect::<Vec<_>>(),
+            ["broken.json", "dead@test.json"]
         );
         assert!(stale[0].reason.contains("not a state file"), "{stale:?}");
         assert!(
@@ -426,7 +466,8 @@ mod tests {
         for id in ["", "../x", "a/b", ".hidden", "a\nb", &"x".repeat(201)] {
             let error = write(dir.path(), &pod(id)).expect_err(id).to_string();
             assert!(error.contains("letters, digits"), "{error}");
-            assert!(remove(dir.path(), id).is_err(), "{id}");
+            assert!(remove(dir.path(), "test", id).is_err(), "{id}");
+            assert!(remove(dir.path(), id, "pod").is_err(), "{id}");
         }
         assert_eq!(fs::read_dir(dir.path()).expect("list").count(), 0);
     }
@@ -463,7 +504,7 @@ mod tests {
             state.worker = worker;
             write(dir.path(), &state).expect("write");
         }
-        let taken = taken_cpus(dir.path(), "me", &online).expect("taken");
+        let taken = taken_cpus(dir.path(), "test", "me", &online).expect("taken");
         assert_eq!(taken.to_string(), "2-3,5");
     }
 

@@ -204,7 +204,7 @@ fn host_network(lab: &Lab<'_>) {
         .container("c", ["sleep", "1000"])
         .switch("--net-host")
         .annotation("kbp.io/required", "true");
-    refused(lab, run, &["kbp.io/required", "host network"]);
+    refused(lab, run, &["kbp.io/required", "host's network"]);
 }
 
 #[test]

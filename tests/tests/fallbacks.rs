@@ -212,7 +212,11 @@ fn a_kernel_without_seccomp_notification() {
 fn a_kernel_without_pidfd_getfd() {
     runs_degraded_and_is_refused_when_required(
         Arm::KBP,
-        without("pidfd_getfd", &[Part::SocketBusyPoll], "pidfd_getfd"),
+        without(
+            "pidfd_getfd",
+            &[Part::SocketBusyPoll, Part::EpollBusyPoll],
+            "pidfd_getfd",
+        ),
     );
 }
 

@@ -108,7 +108,10 @@ fn detaching_leaves_nothing_but_the_offloads() {
         process::scheduling(worker.tid).expect("class"),
         Scheduling::Other(0)
     );
-    assert_eq!(node.state_files(), ["pods/a.json", &format!("cpu/{cpu}")]);
+    assert_eq!(
+        node.state_files(),
+        ["pods/a@test.json", &format!("cpu/{cpu}")]
+    );
 
     attachment.detach().expect("detach");
     assert_eq!(node.state_files(), Vec::<String>::new());

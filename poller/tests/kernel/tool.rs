@@ -144,7 +144,7 @@ fn a_killed_owner_leaves_no_claim_and_the_next_attach_clears_its_files() {
     assert_eq!(attachment.state().worker.expect("a worker").cpu, cpu.0);
     assert_eq!(
         node.state_files(),
-        ["pods/next.json", &format!("cpu/{cpu}")]
+        ["pods/next@test.json", &format!("cpu/{cpu}")]
     );
 }
 

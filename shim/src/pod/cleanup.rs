@@ -3,13 +3,13 @@
 use std::path::Path;
 
 use kbp_poller::config::{Config, DEFAULT_STATE_DIR};
-use kbp_poller::state;
+use kbp_poller::{attach, state};
 
 use crate::sockets;
 use crate::spec;
 
-/// Removes what a pod of this id may have left behind when its shim was killed: state file, notifier socket, a half-written
-/// `config.json`. Worker, claims and listeners went with the process. Idempotent and never fails; what cannot be removed is
+/// Removes what a pod of this id may have left behind when its shim was killed: state file, notifier socket, claim file, a half-written
+/// `config.json`. Worker and listeners went with the process. Idempotent and never fails; what cannot be removed is
 /// logged.
 pub fn cleanup(namespace: &str, id: &str, bundle: &Path) {
     let config = Config::load();
@@ -23,13 +23,11 @@ pub(super) fn cleanup_in(state_dir: &Path, namespace: &str, id: &str, bundle: &P
     if let Err(error) = sockets::remove(state_dir, namespace, id) {
         tracing::warn!("{error}");
     }
-    // The name of the file is the id alone: it may be a living pod's of another containerd namespace.
-    let others = state::read_all(state_dir).unwrap_or_default();
-    if !others
-        .iter()
-        .any(|pod| pod.id == id && pod.namespace != namespace)
-        && let Err(error) = state::remove(state_dir, id)
-    {
+    if let Err(error) = state::remove(state_dir, namespace, id) {
+        tracing::warn!("{error}");
+    }
+    // The kernel has released the claims of a killed shim; their files are still there.
+    if let Err(error) = attach::clear_leftovers(state_dir) {
         tracing::warn!("{error}");
     }
     if let Err(error) = spec::bundle::remove_temporary(bundle) {

@@ -167,8 +167,7 @@ impl Pod {
             // Its processes come back with the filters they had, or none.
             container.window.reason = "the container is restored from a checkpoint".to_owned();
         } else if !host_network {
-            container.window =
-                treat::window(&founded.asked, &container.limits, &self.context.pod_id);
+            container.window = treat::window(&founded.asked, &container.limits, &self.context);
             edited = self.install(inner, &mut spec, &mut container, request);
             if required && let Some(missing) = container.degraded.first() {
                 if let Some(notifier) = &inner.notifier {
@@ -345,7 +344,7 @@ impl Pod {
         if container.host_network {
             return;
         }
-        container.window = treat::window(&founded.asked, &container.limits, &self.context.pod_id);
+        container.window = treat::window(&founded.asked, &container.limits, &self.context);
         match (&mut container.treatment, &inner.notifier) {
             (Some(treatment), Some(notifier)) => {
                 treatment.window = container.window.micros;

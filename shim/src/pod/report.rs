@@ -135,7 +135,7 @@ impl Bare {
 
 impl Drop for Bare {
     fn drop(&mut self) {
-        if let Err(error) = state::remove(&self.dir, &self.state.id) {
+        if let Err(error) = state::remove(&self.dir, &self.state.namespace, &self.state.id) {
             tracing::warn!("{error}");
         }
     }

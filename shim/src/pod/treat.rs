@@ -7,6 +7,7 @@ use kbp_poller::config::{Config, Feature};
 use kbp_poller::state::{self, Degraded, Part};
 use kbp_poller::window::{self, CpuSituation, Window};
 
+use super::Context;
 use super::asked::Asked;
 use super::oci_runtime::OciRuntime;
 use crate::sockets::{Notifier, Treatment};
@@ -70,12 +71,17 @@ pub(super) fn is_host_network(network: &Network) -> bool {
 }
 
 /// Decides the window of a container.
-pub(super) fn window(asked: &Asked, limits: &CpuLimits, pod_id: &str) -> Window {
+pub(super) fn window(asked: &Asked, limits: &CpuLimits, context: &Context) -> Window {
     let situation = Topology::read()
         .map_err(|e| e.to_string())
         .and_then(|topology| {
-            let taken = state::taken_cpus(&asked.config.state_dir, pod_id, &topology.online)
-                .map_err(|e| e.to_string())?;
+            let taken = state::taken_cpus(
+                &asked.config.state_dir,
+                &context.namespace,
+                &context.pod_id,
+                &topology.online,
+            )
+            .map_err(|e| e.to_string())?;
             Ok(CpuSituation {
                 cpuset: limits.cpuset(),
                 online: topology.online,
