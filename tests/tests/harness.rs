@@ -150,15 +150,15 @@ fn a_sandbox_is_invisible_outside() {
 fn a_killed_owner_leaves_nothing() {
     if let Ok(file) = std::env::var("KBP_TEST_OWNER") {
         let sandbox = Sandbox::new().expect("sandbox");
-        let sleeper = sandbox.command("sleep").arg("1000").spawn().expect("sleep");
+        let mut sleeper = sandbox.command("sleep").arg("1000").spawn().expect("sleep");
         std::fs::write(
             &file,
             format!("{} {}", sandbox.dir().display(), sleeper.id()),
         )
         .expect("write");
-        loop {
-            std::thread::park();
-        }
+        // This process is killed long before.
+        sleeper.wait().expect("wait");
+        return;
     }
     let outer = Sandbox::new().expect("sandbox");
     let file = outer.dir().join("owner");
