@@ -162,6 +162,10 @@ fn refuse_second_owner(request: &AttachRequest, pods: &[PodState]) -> Result<()>
 /// # Errors
 /// When the directory cannot be read or changed.
 pub fn clear_leftovers(state_dir: &Path) -> Result<()> {
+    // The lock would make it.
+    if !state_dir.is_dir() {
+        return Ok(());
+    }
     let _lock = state::lock(state_dir);
     for stale in state::stale(state_dir)?
         .into_iter()
