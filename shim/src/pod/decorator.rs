@@ -12,7 +12,7 @@ use kbp_poller::config::Config;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-use super::pod::{LoadConfig, Pod, restore};
+use super::life::{LoadConfig, Pod, restore};
 use super::{Context, Refusal};
 use crate::sockets::Event;
 use crate::spec::CpuLimits;

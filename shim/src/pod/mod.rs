@@ -4,16 +4,15 @@
 //! `create`, `start`, `update`, `delete` and `shutdown`; the others it does not touch, so that `state` answers at once
 //! whatever happens here. The plain service knows nothing of this module, and this module nothing of ttrpc framing.
 //!
-//! What a pod asks for is read in [`asked`] at its first container and holds for all of them. [`pod`] is what a pod has:
+//! What a pod asks for is read in [`asked`] at its first container and holds for all of them. [`life`] is what a pod has:
 //! the notifier of its sockets, the attachment of its veth, its containers. [`treat`] decides what a container is given
 //! and edits its bundle; [`report`] is what the state file says. Everything that may block runs on threads for that.
 
 mod asked;
 mod cleanup;
 mod decorator;
+mod life;
 mod oci_runtime;
-#[allow(clippy::module_inception)]
-mod pod;
 mod report;
 #[cfg(test)]
 mod tests;

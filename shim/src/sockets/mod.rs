@@ -10,14 +10,17 @@
 
 mod answer;
 mod handshake;
+mod home;
 #[cfg(test)]
 mod tests;
 mod thread;
 
+pub use home::{directory, remove};
+
 use std::collections::BTreeMap;
-use std::fs::{self, DirBuilder};
+use std::fs;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -27,7 +30,8 @@ use std::thread::JoinHandle;
 use kbp_kernel::Micros;
 use kbp_poller::state::{Degraded, SocketCounters};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use sha2::{Digest, Sha256};
+
+use home::Home;
 
 /// Longest path of a unix socket: sun_path with its final zero byte (unix(7)).
 const MAX_SOCKET_PATH: usize = 107;
@@ -91,7 +95,8 @@ pub enum Event {
 /// The notifier of a pod. Dropping it ends the thread and removes the socket.
 #[derive(Debug)]
 pub struct Notifier {
-    dir: PathBuf,
+    /// Goes last: what is in it belongs to the thread.
+    _home: Home,
     socket: String,
     shared: Arc<Shared>,
     stop: Arc<EventFd>,
@@ -126,36 +131,6 @@ struct AtomicCounters {
     errors: AtomicU64,
 }
 
-/// Directory of a pod's notifier below the state directory. Ids may be long and a socket's path may not, so its name is a hash.
-pub fn directory(state_dir: &Path, namespace: &str, pod_id: &str) -> PathBuf {
-    let mut hash = Sha256::new();
-    hash.update(namespace.as_bytes());
-    // Neither of the two can hold a slash.
-    hash.update(b"/");
-    hash.update(pod_id.as_bytes());
-    let name: String = hash.finalize()[..8]
-        .iter()
-        .map(|b| format!("{b:02x}"))
-        .collect();
-    state_dir.join("notify").join(name)
-}
-
-/// Removes what a notifier of this pod has left; fine when there is nothing.
-pub fn remove(state_dir: &Path, namespace: &str, pod_id: &str) -> Result<(), Error> {
-    remove_dir(&directory(state_dir, namespace, pod_id))
-}
-
-fn remove_dir(dir: &Path) -> Result<(), Error> {
-    match fs::remove_dir_all(dir) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Io {
-            what: "remove",
-            path: dir.to_owned(),
-            source,
-        }),
-        _ => Ok(()),
-    }
-}
-
 impl Notifier {
     /// Binds the pod's socket, for root only, and starts the thread: when this returns, a runtime may connect.
     ///
@@ -166,8 +141,7 @@ impl Notifier {
         pod_id: &str,
         events: impl Fn(Event) + Send + Sync + 'static,
     ) -> Result<Self, Error> {
-        let dir = directory(state_dir, namespace, pod_id);
-        let path = dir.join("seccomp.sock");
+        let path = directory(state_dir, namespace, pod_id).join("seccomp.sock");
         let unfit = |reason: String| Error::Path {
             path: path.clone(),
             reason,
@@ -183,16 +157,12 @@ impl Notifier {
             .ok_or_else(|| unfit("not UTF-8".to_owned()))?
             .to_owned();
 
-        // A shim that was killed may have left its socket.
-        remove_dir(&dir)?;
-        let listener = bind(&dir, &path).inspect_err(|_| {
-            // Best effort: the binding is what failed, and it is reported.
-            let _ = remove_dir(&dir);
-        })?;
+        let home = Home::create(state_dir, namespace, pod_id)?;
+        let listener = bind(&path)?;
         let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|e| Error::Thread(e.into()))?;
         let mut notifier = Self {
-            dir,
+            _home: home,
             socket,
             shared: Arc::new(Shared {
                 metadata: format!("kbp {namespace}/{pod_id}"),
@@ -261,30 +231,23 @@ impl Drop for Notifier {
                 tracing::error!("the notifier thread had panicked");
             }
         }
-        if let Err(error) = remove_dir(&self.dir) {
-            tracing::warn!("{error}");
-        }
     }
 }
 
-fn bind(dir: &Path, path: &Path) -> Result<UnixListener, Error> {
-    let failed = |what, path: &Path, source| Error::Io {
-        what,
-        path: path.to_owned(),
-        source,
+fn bind(path: &Path) -> Result<UnixListener, Error> {
+    let failed = |what| {
+        move |source| Error::Io {
+            what,
+            path: path.to_owned(),
+            source,
+        }
     };
-    // The directory is private before the socket is in it, so nobody gets between bind and chmod.
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(dir)
-        .map_err(|e| failed("make directory", dir, e))?;
-    let listener = UnixListener::bind(path).map_err(|e| failed("bind", path, e))?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600))
-        .map_err(|e| failed("make private", path, e))?;
+    // The directory is private, so nobody gets between bind and chmod.
+    let listener = UnixListener::bind(path).map_err(failed("bind"))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed("make private"))?;
     listener
         .set_nonblocking(true)
-        .map_err(|e| failed("make non-blocking", path, e))?;
+        .map_err(failed("make non-blocking"))?;
     Ok(listener)
 }
 
