@@ -158,8 +158,8 @@ impl Reaper {
             let ended = match process::consume(pid) {
                 Ok(ended) => ended,
                 Err(error) => {
-                    // Somebody else was faster; nothing in the shim is.
-                    tracing::error!("cannot reap: {error}");
+                    // Started without the reaper, and waited for meanwhile by whoever did.
+                    tracing::debug!("nothing to reap: {error}");
                     continue;
                 }
             };
