@@ -4,6 +4,7 @@
 
 mod bootstrap;
 mod lifecycle;
+mod mounts;
 mod runtimes;
 mod streams;
 mod support;

@@ -125,3 +125,43 @@ impl OomWatch {
         more
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::timeout;
+
+    use super::*;
+
+    /// Version 2 is files that change, wherever they are.
+    #[tokio::test]
+    async fn each_kill_of_version_2_is_told_once() {
+        let root = tempfile::tempdir().expect("a directory");
+        let kills = |count: u32| {
+            let text = format!("low 0\nhigh {count}0\nmax 3\noom 1\noom_kill {count}\n");
+            fs::write(root.path().join("memory.events"), text).expect("write");
+        };
+        let cgroup = Cgroup::V2(root.path().to_owned());
+        assert!(
+            OomWatch::new(&cgroup).expect("no error").is_none(),
+            "no memory controller"
+        );
+        kills(4);
+        let watch = OomWatch::new(&cgroup).expect("inotify").expect("a watch");
+        assert!(!watch.missed(), "those before do not count");
+        kills(5);
+        timeout(Duration::from_secs(30), watch.next())
+            .await
+            .expect("in time")
+            .expect("a kill");
+        assert!(!watch.missed(), "told already");
+        kills(6);
+        assert!(watch.missed());
+        // Changes, and none is a kill that is not known.
+        kills(6);
+        timeout(Duration::from_millis(100), watch.next())
+            .await
+            .expect_err("nothing new");
+    }
+}
