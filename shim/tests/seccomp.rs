@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -119,29 +119,22 @@ const NEEDED: [&str; 91] = [
     "write",
 ];
 
-/// The helper, compiled once.
-fn helper() -> &'static Path {
-    static HELPER: OnceLock<PathBuf> = OnceLock::new();
+/// The helper, compiled once; no file of it stays.
+fn helper() -> &'static [u8] {
+    static HELPER: OnceLock<Vec<u8>> = OnceLock::new();
     HELPER.get_or_init(|| {
-        let out =
-            Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("helper-{}", std::process::id()));
+        let dir = tempfile::tempdir().expect("tempdir");
+        let program = dir.path().join("helper");
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/seccomp/helper.c");
         let status = Command::new("gcc")
             .args(["-O1", "-Wall", "-static", "-no-pie", "-o"])
-            .args([&out, &source])
+            .args([&program, &source])
             .status()
             .expect("run gcc");
         assert!(status.success(), "gcc could not compile the helper");
-        // Loaded into memory, so that no file is left when the tests end.
-        let program = fs::read(&out).expect("read the helper");
-        fs::remove_file(&out).expect("remove the helper");
-        PROGRAM.get_or_init(|| program);
-        out
-    });
-    Path::new("/helper")
+        fs::read(&program).expect("read the helper")
+    })
 }
-
-static PROGRAM: OnceLock<Vec<u8>> = OnceLock::new();
 
 /// A bundle with its notifier, and the container that runs from it.
 struct Container {
@@ -166,13 +159,12 @@ impl Container {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let id = format!("kbp-test-{}-{number}", std::process::id());
         let dir = tempfile::tempdir().expect("tempdir");
-        helper();
         let bundle = dir.path().join("bundle");
         for inside in ["rootfs/proc", "rootfs/dev"] {
             fs::create_dir_all(bundle.join(inside)).expect("make the bundle");
         }
         let program = bundle.join("rootfs/helper");
-        fs::write(&program, PROGRAM.get().expect("compiled")).expect("write the helper");
+        fs::write(&program, helper()).expect("write the helper");
         let mut permissions = fs::metadata(&program).expect("stat").permissions();
         std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o755);
         fs::set_permissions(&program, permissions).expect("chmod");

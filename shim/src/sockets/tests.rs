@@ -502,3 +502,24 @@ fn a_thread_that_dies_in_its_call_does_no_harm() {
     });
     assert_eq!(pod.notifier.counters().errors, 0);
 }
+
+#[test]
+fn listeners_go_with_their_processes() {
+    const PROCESSES: usize = 300;
+    let pod = Pod::new(ON);
+    for _ in 0..PROCESSES {
+        pod.trapped(|| UdpSocket::bind("127.0.0.1:0").expect("bind"));
+    }
+    // Other tests of this process have a few of their own.
+    let open = || {
+        let fds = fs::read_dir("/proc/self/fd").expect("list").flatten();
+        fds.filter_map(|fd| fs::read_link(fd.path()).ok())
+            .filter(|target| target.as_os_str() == "anon_inode:seccomp notify")
+            .count()
+    };
+    let until = Instant::now() + LIMIT;
+    while open() > PROCESSES / 10 {
+        assert!(Instant::now() < until, "{} listeners stay open", open());
+        std::thread::yield_now();
+    }
+}
