@@ -8,11 +8,15 @@ use kbp_shim::task::reaper::{ChildStdio, Exit, Reaper};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-/// Forks a child that leaves another process behind, and tells that one's pid.
+/// Forks a child that leaves another process behind, and tells that one's pid. The shell would reap what ends before
+/// itself, so the one left behind begins when the shell is gone.
 async fn leave_orphan(reaper: &Reaper, script: &str) -> u32 {
     let (mut read, write) = std::io::pipe().expect("a pipe");
     let mut command = Command::new("/bin/sh");
-    command.args(["-c", &format!("({script}) & echo $!")]);
+    command.args([
+        "-c",
+        &format!("(while kill -0 $$ 2>/dev/null; do :; done; {script}) & echo $!"),
+    ]);
     ChildStdio {
         stdout: Some(write.into()),
         ..Default::default()
@@ -55,7 +59,7 @@ async fn children_and_orphans_are_reaped_by_whoever_asked_for_them() {
 
     let adoption = reaper.adopt();
     let early = leave_orphan(&reaper, "exit 3").await;
-    let late = leave_orphan(&reaper, "sleep 1000").await;
+    let late = leave_orphan(&reaper, "exec sleep 1000").await;
     let early = ended(adoption.watch(early)).await;
     assert_eq!(early.status, 3);
     let exit = adoption.watch(late);
