@@ -3,8 +3,9 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -15,8 +16,8 @@ use super::Error;
 /// Directories of notifiers below the state directory.
 const PARENT: &str = "notify";
 
-/// How often a directory is made anew that somebody swept away between its making and its locking.
-const ATTEMPTS: usize = 8;
+/// How long to wait for others who make or sweep directories. They hold the lock for a few system calls.
+const LOCK_WAIT: Duration = Duration::from_secs(2);
 
 /// Directory of a pod's notifier below the state directory. Ids may be long and a socket's path may not, so its name is a hash.
 pub fn directory(state_dir: &Path, namespace: &str, pod_id: &str) -> PathBuf {
@@ -35,9 +36,35 @@ pub fn directory(state_dir: &Path, namespace: &str, pod_id: &str) -> PathBuf {
 /// Removes what a notifier of this pod has left, and what others have left whose owners were killed; fine when there is
 /// nothing.
 pub fn remove(state_dir: &Path, namespace: &str, pod_id: &str) -> Result<(), Error> {
-    let own = remove_dir(&directory(state_dir, namespace, pod_id));
+    let own = directory(state_dir, namespace, pod_id);
+    if !state_dir.join(PARENT).is_dir() {
+        return Ok(());
+    }
+    let _lock = lock_all(state_dir);
+    let removed = remove_dir(&own);
     sweep(state_dir);
-    own
+    removed
+}
+
+/// Keeps others from sweeping and making directories. Without it a new directory might be swept before its owner has locked
+/// it; that is better than a pod that does not start.
+fn lock_all(state_dir: &Path) -> Option<Flock<File>> {
+    let parent = state_dir.join(PARENT);
+    let until = Instant::now() + LOCK_WAIT;
+    loop {
+        match lock(&parent) {
+            Ok(Some(lock)) => return Some(lock),
+            Ok(None) if Instant::now() < until => std::thread::sleep(Duration::from_millis(1)),
+            Ok(None) => {
+                tracing::warn!("{} stays locked by another process", parent.display());
+                return None;
+            }
+            Err(error) => {
+                tracing::warn!("lock {}: {error}", parent.display());
+                return None;
+            }
+        }
+    }
 }
 
 /// Removes directories whose owners are gone. What cannot be removed is the next one's to try.
@@ -67,31 +94,25 @@ impl Home {
     /// Makes the directory anew, for root only, and locks it.
     pub(super) fn create(state_dir: &Path, namespace: &str, pod_id: &str) -> Result<Self, Error> {
         let path = directory(state_dir, namespace, pod_id);
-        let failed = |what, source| Error::Io {
-            what,
-            path: path.clone(),
-            source,
+        let failed = |what| {
+            let path = path.clone();
+            move |source| Error::Io { what, path, source }
         };
+        make_dir(&state_dir.join(PARENT)).map_err(failed("make the parent of"))?;
+        let _all = lock_all(state_dir);
         // A shim that was killed may have left this one, with a socket that nobody can bind again.
-        remove(state_dir, namespace, pod_id)?;
-        for _ in 0..ATTEMPTS {
-            DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(&path)
-                .map_err(|e| failed("make directory", e))?;
-            match lock(&path) {
-                Ok(Some(lock)) if is_at(&lock, &path) => {
-                    return Ok(Self { path, _lock: lock });
-                }
-                // Another shim found it unlocked and has removed it, or is about to.
-                Ok(_) => std::thread::yield_now(),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(failed("lock directory", error)),
-            }
+        remove_dir(&path)?;
+        sweep(state_dir);
+        make_dir(&path).map_err(failed("make directory"))?;
+        match lock(&path).map_err(failed("lock directory"))? {
+            Some(lock) => Ok(Self { path, _lock: lock }),
+            None => Err(failed("lock directory")(Errno::EWOULDBLOCK.into())),
         }
-        Err(failed("lock directory", Errno::EWOULDBLOCK.into()))
     }
+}
+
+fn make_dir(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
 impl Drop for Home {
@@ -108,15 +129,6 @@ fn lock(dir: &Path) -> io::Result<Option<Flock<File>>> {
         Ok(lock) => Ok(Some(lock)),
         Err((_, Errno::EWOULDBLOCK)) => Ok(None),
         Err((_, error)) => Err(error.into()),
-    }
-}
-
-/// Whether what was locked is still what the path names.
-fn is_at(lock: &Flock<File>, path: &Path) -> bool {
-    let identity = |meta: fs::Metadata| (meta.dev(), meta.ino());
-    match (lock.metadata(), fs::metadata(path)) {
-        (Ok(locked), Ok(named)) => identity(locked) == identity(named),
-        _ => false,
     }
 }
 
