@@ -1,6 +1,8 @@
 //! The route family: veth pairs, addresses, routes, neighbours, qdiscs, counters, namespace ids, link events.
 
+mod announce;
 mod batch;
+mod bridge;
 mod events;
 mod read;
 mod socket;
@@ -10,7 +12,9 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
+pub use announce::announce;
 pub use batch::Batch;
+pub use bridge::Bridge;
 pub use events::{LinkEvent, LinkEvents};
 pub use socket::RouteSocket;
 
@@ -74,6 +78,8 @@ pub struct Link {
     pub peer_nsid: Option<i32>,
     /// Index of the bridge it is a port of.
     pub master: Option<IfIndex>,
+    /// Of a bridge's port: whether it may send a frame back out of itself.
+    pub hairpin: bool,
     /// Received packets (`IFLA_STATS64`).
     pub rx_packets: u64,
     /// Sent packets.

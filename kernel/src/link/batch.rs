@@ -52,6 +52,17 @@ impl Batch {
 
     /// Creates a veth pair; fails when either name is taken.
     pub fn create_veth(&mut self, pair: &VethPair<'_>) -> &mut Self {
+        self.create_veth_with(pair, 1, None)
+    }
+
+    /// Creates a veth pair with that many queue pairs at each end, each with a NAPI instance of its own, and with
+    /// the host end a port of `bridge`; fails when either name is taken.
+    pub fn create_veth_with(
+        &mut self,
+        pair: &VethPair<'_>,
+        queues: u32,
+        bridge: Option<IfIndex>,
+    ) -> &mut Self {
         let end = |name: &str, mac: MacAddr| {
             let mut message = LinkMessage::default();
             message.attributes = vec![
@@ -59,9 +70,9 @@ impl Batch {
                 LinkAttribute::Address(mac.0.to_vec()),
                 LinkAttribute::Mtu(pair.mtu.0),
                 LinkAttribute::TxQueueLen(pair.tx_queue_len),
-                // One queue pair each: one NAPI instance, so that every socket of the pod is on it.
-                LinkAttribute::NumTxQueues(1),
-                LinkAttribute::NumRxQueues(1),
+                // With one each there is one NAPI instance, and every socket of the pod is on it.
+                LinkAttribute::NumTxQueues(queues),
+                LinkAttribute::NumRxQueues(queues),
             ];
             message
         };
@@ -71,6 +82,8 @@ impl Batch {
         let mut host = end(pair.host_name, pair.host_mac);
         host.header.flags = LinkFlags::Up;
         host.header.change_mask = LinkFlags::Up;
+        host.attributes
+            .extend(bridge.map(|bridge| LinkAttribute::Controller(bridge.0)));
         host.attributes.push(LinkAttribute::LinkInfo(vec![
             LinkInfo::Kind(InfoKind::Veth),
             LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(pod))),
@@ -159,6 +172,23 @@ impl Batch {
         )
     }
 
+    /// Deletes an address.
+    pub fn delete_address(&mut self, link: IfIndex, address: IpNet) -> &mut Self {
+        let mut message = AddressMessage::default();
+        message.header.family = family(address.addr());
+        message.header.prefix_len = address.prefix_len();
+        message.header.index = link.0;
+        message.attributes = vec![
+            AddressAttribute::Local(address.addr()),
+            AddressAttribute::Address(address.addr()),
+        ];
+        self.change(
+            format!("delete address {address} from link {link}"),
+            0,
+            RouteNetlinkMessage::DelAddress(message),
+        )
+    }
+
     /// Adds a route (NLM_F_CREATE|NLM_F_EXCL).
     pub fn add_route(&mut self, route: &Route) -> &mut Self {
         self.change(
@@ -224,6 +254,16 @@ impl Batch {
         )
     }
 
+    /// Deletes the root qdisc: the link gets its kind's default one back (a veth none).
+    pub fn delete_qdisc(&mut self, link: IfIndex) -> &mut Self {
+        let mut message = TcMessage::default();
+        // An ifindex is a positive i32 in the kernel.
+        message.header.index = link.0 as i32;
+        message.header.parent = TcHandle::ROOT;
+        let message = RouteNetlinkMessage::DelQueueDiscipline(message);
+        self.change(format!("delete the root qdisc of link {link}"), 0, message)
+    }
+
     /// Number of requests.
     pub fn len(&self) -> usize {
         self.requests.len()
@@ -239,13 +279,18 @@ impl Batch {
         &self.requests
     }
 
-    fn change(&mut self, what: String, flags: u16, message: RouteNetlinkMessage) -> &mut Self {
+    pub(super) fn change(
+        &mut self,
+        what: String,
+        flags: u16,
+        message: RouteNetlinkMessage,
+    ) -> &mut Self {
         self.requests.push(Request::change(what, flags, &message));
         self
     }
 }
 
-fn link_message(link: IfIndex, attributes: Vec<LinkAttribute>) -> LinkMessage {
+pub(super) fn link_message(link: IfIndex, attributes: Vec<LinkAttribute>) -> LinkMessage {
     let mut message = LinkMessage::default();
     message.header.index = link.0;
     message.attributes = attributes;

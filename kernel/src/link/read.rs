@@ -16,6 +16,8 @@ const RTAX_ADVMSS: u16 = 8;
 const RTNH_F_ONLINK: u32 = 4;
 /// `NETNSA_NSID` of linux/net_namespace.h.
 const NETNSA_NSID: u16 = 1;
+// linux/if_link.h
+const IFLA_BRPORT_MODE: u16 = 4;
 // Lengths of the structures before the attributes.
 const IFINFOMSG: usize = 16;
 const IFADDRMSG: usize = 8;
@@ -62,6 +64,7 @@ pub(super) fn link(payload: &[u8]) -> Option<Link> {
         peer_index: None,
         peer_nsid: None,
         master: None,
+        hairpin: false,
         rx_packets: 0,
         tx_packets: 0,
         rx_queues: 1,
@@ -84,18 +87,27 @@ pub(super) fn link(payload: &[u8]) -> Option<Link> {
                 link.rx_packets = u64_at(value, 0)?;
                 link.tx_packets = u64_at(value, 8)?;
             }
-            libc::IFLA_LINKINFO => {
-                let info = attributes(value).find(|(kind, _)| *kind == libc::IFLA_INFO_KIND);
-                link.kind = match info.map(|(_, value)| text(value)) {
-                    None => LinkKind::None,
-                    Some(kind) if kind == "veth" => LinkKind::Veth,
-                    Some(kind) => LinkKind::Other(kind),
-                };
-            }
+            libc::IFLA_LINKINFO => read_info(&mut link, value),
             _ => {}
         }
     }
     (!link.name.is_empty()).then_some(link)
+}
+
+/// Kind of a link, and what bridges and their ports say about themselves.
+fn read_info(link: &mut Link, info: &[u8]) {
+    let find = |wanted: u16| attributes(info).find_map(|(k, v)| (k == wanted).then_some(v));
+    link.kind = match find(libc::IFLA_INFO_KIND).map(text) {
+        None => LinkKind::None,
+        Some(kind) if kind == "veth" => LinkKind::Veth,
+        Some(kind) => LinkKind::Other(kind),
+    };
+    if find(libc::IFLA_INFO_SLAVE_KIND).map(text).as_deref() == Some("bridge") {
+        let mut port = find(libc::IFLA_INFO_SLAVE_DATA)
+            .into_iter()
+            .flat_map(attributes);
+        link.hairpin = port.any(|(kind, value)| kind == IFLA_BRPORT_MODE && value != [0]);
+    }
 }
 
 /// Address of `struct ifaddrmsg` with its prefix, and its link.

@@ -103,6 +103,23 @@ impl RouteSocket {
             })
     }
 
+    /// The ports of a bridge.
+    pub fn ports(&mut self, bridge: IfIndex) -> Result<Vec<Link>> {
+        let mut message = LinkMessage::default();
+        message.attributes = vec![LinkAttribute::Controller(bridge.0)];
+        let message = RouteNetlinkMessage::GetLink(message);
+        let what = format!("list the ports of bridge {bridge}");
+        self.socket
+            .dump(Request::new(what, &message), |kind, payload| {
+                if kind != libc::RTM_NEWLINK {
+                    return Ok(None);
+                }
+                // The kernel leaves most of the others out, but need not.
+                Ok(readable("a link", read::link(payload))?
+                    .filter(|link| link.master == Some(bridge)))
+            })
+    }
+
     /// Addresses of a link with their prefixes.
     pub fn addresses(&mut self, link: IfIndex) -> Result<Vec<IpNet>> {
         let mut message = AddressMessage::default();

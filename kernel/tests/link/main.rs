@@ -2,6 +2,7 @@
 //! network namespaces of its own. Needs root.
 
 mod addresses;
+mod bridge;
 mod events;
 mod features;
 mod napi;
