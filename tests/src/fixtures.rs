@@ -38,6 +38,18 @@ pub fn go_echo() -> Result<PathBuf> {
     })
 }
 
+/// A program for i386, which an x86-64 kernel runs as well.
+pub fn hello_i386() -> Result<PathBuf> {
+    built("hello-i386.S", "hello-i386", |source, out, _| {
+        let mut command = Command::new(program("gcc", "gcc libc6-dev")?);
+        command
+            .args(["-m32", "-nostdlib", "-static", "-o"])
+            .arg(out)
+            .arg(source);
+        Ok(command)
+    })
+}
+
 fn c_program(name: &str) -> Result<PathBuf> {
     built(&format!("{name}.c"), name, |source, out, _| {
         let mut command = Command::new(program("gcc", "gcc libc6-dev")?);
