@@ -34,7 +34,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Carries out one call and returns what belongs on stdout.
+/// Carries out one call and returns what has yet to go to stdout.
 fn run(verb: &str, version: &mut Version) -> Result<String> {
     match Verb::parse(verb)? {
         Verb::Version => Ok(format!("{:#}\n", versions())),
@@ -42,17 +42,18 @@ fn run(verb: &str, version: &mut Version) -> Result<String> {
             let call = Call::from_environment(verb)?;
             let config = cni::config::Config::from_stdin(version)?;
             config.require_verb(verb)?;
-            let output = match verb {
-                Verb::Add => Some(verbs::add::add(&call, &config)?),
-                Verb::Del => verbs::del::del(&call, &config).map(|()| None)?,
-                Verb::Check => verbs::check::check(&call, &config).map(|()| None)?,
-                Verb::Gc => verbs::gc::gc(&call, &config).map(|()| None)?,
-                Verb::Status => verbs::status::status(&call, &config).map(|()| None)?,
-                Verb::Version => None,
+            let done = match verb {
+                // It writes the result itself: one that nobody could read is a failure that it has to undo.
+                Verb::Add => {
+                    verbs::add::add(&call, &config, |result| deliver(&format!("{result:#}\n")))
+                }
+                Verb::Del => verbs::del::del(&call, &config),
+                Verb::Check => verbs::check::check(&call, &config),
+                Verb::Gc => verbs::gc::gc(&call, &config),
+                Verb::Status => verbs::status::status(&call, &config),
+                Verb::Version => Ok(()),
             };
-            Ok(output
-                .map(|result| format!("{result:#}\n"))
-                .unwrap_or_default())
+            done.map(|()| String::new())
         }
     }
 }
@@ -76,16 +77,19 @@ fn introduction() -> String {
 }
 
 fn write_stdout(text: &str) -> ExitCode {
-    let mut stdout = std::io::stdout().lock();
-    match stdout
-        .write_all(text.as_bytes())
-        .and_then(|()| stdout.flush())
-    {
+    match deliver(text) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let error = CniError::new(Code::IO, format!("write the result to stdout: {error}"));
             eprintln!("kbp: {error}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn deliver(text: &str) -> Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+        .map_err(|error| CniError::new(Code::IO, format!("write the result to stdout: {error}")))
 }

@@ -42,14 +42,13 @@ impl Version {
     pub(crate) fn of_config(text: Option<&str>) -> Result<Self> {
         Self::find(text.unwrap_or("0.1.0")).ok_or_else(|| {
             let found = match text {
-                Some(text) => format!("cniVersion {text:?}"),
-                None => "cniVersion \"0.1.0\" (which no cniVersion stands for)".to_owned(),
+                Some(text) => format!("cniVersion {text:?} is not supported"),
+                None => {
+                    "cniVersion is missing, which means \"0.1.0\"; that is not supported".to_owned()
+                }
             };
             let all = Self::ALL.map(Self::as_str).join(", ");
-            CniError::new(
-                Code::VERSION,
-                format!("{found} is not supported; allowed: {all}"),
-            )
+            CniError::new(Code::VERSION, format!("{found}; allowed: {all}"))
         })
     }
 }

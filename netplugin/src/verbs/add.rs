@@ -20,8 +20,12 @@ use crate::routed::wire::{self, End, Pair, Side};
 use crate::routed::{DEVICE_MTU, masquerade};
 use crate::sysctl;
 
-/// Attaches the container; the result.
-pub(crate) fn add(call: &Call, config: &Config) -> Result<Value> {
+/// Attaches the container and hands the result to `deliver`, without which nobody would know of the attachment.
+pub(crate) fn add(
+    call: &Call,
+    config: &Config,
+    deliver: impl FnOnce(&Value) -> Result<()>,
+) -> Result<()> {
     // Everything that can be refused is refused before anything is made.
     let options = Options::read(&config.json, call)?;
     config.prev_result()?;
@@ -41,7 +45,9 @@ pub(crate) fn add(call: &Call, config: &Config) -> Result<Value> {
         pod,
         made: Made::default(),
     };
-    add.run(sandbox).map_err(|error| add.undo(error))
+    add.run(sandbox)
+        .and_then(|result| deliver(&result))
+        .map_err(|error| add.undo(error))
 }
 
 /// What there is to undo.

@@ -11,10 +11,10 @@ use crate::cni::env::Call;
 use crate::cni::error::{CniError, Code, Result};
 use crate::cni::ipam;
 use crate::cni::options::Options;
-use crate::routed::masquerade;
 use crate::routed::plan::plan_ips;
 use crate::routed::verify::{self, Expected};
 use crate::routed::wire::Side;
+use crate::routed::{DEVICE_MTU, masquerade};
 
 /// Compares the attachment with prevResult, and has IPAM check the lease.
 pub(crate) fn check(call: &Call, config: &Config) -> Result<()> {
@@ -95,8 +95,11 @@ fn expected(previous: &Map<String, Value>, attachment: &Attachment) -> Result<Ex
         })
         .map(ipam::leased_ip)
         .collect::<Result<Vec<_>>>()?;
+    // Results before 1.1.0 have no MTU. The host end is nobody's but ours, so it is known all the same; what the pod
+    // end should have is not, for a later plugin may have changed it.
+    let (host_mac, host_mtu) = describe(find(&host_end, false))?;
     Ok(Expected {
-        host: describe(find(&host_end, false))?,
+        host: (host_mac, host_mtu.or(Some(DEVICE_MTU.0))),
         pod: describe(pod)?,
         ips: plan_ips(&ips)?,
         routes: ipam::routes(previous)?,

@@ -304,6 +304,24 @@ fn check_finds_each_thing_that_was_changed() {
 }
 
 #[test]
+fn check_knows_the_host_ends_mtu_without_a_result_that_says_it() {
+    let world = World::new();
+    let config = world.config("1.0.0", json!({}));
+    let pod = Pod::new("pod-a");
+    let result = world.add(&pod, &config);
+    assert!(result["interfaces"][0].get("mtu").is_none(), "{result}");
+    let config = with_result(&config, &result);
+    let host_end = result["interfaces"][0]["name"].as_str().expect("a name");
+    let set = |mtu| world.host_command("ip", &["link", "set", host_end, "mtu", mtu]);
+    set("1500");
+    world
+        .call("CHECK", &pod, &config)
+        .assert_error(103, &["has MTU 1500 instead of 65535"]);
+    set("65535");
+    world.quiet("CHECK", &pod, &config);
+}
+
+#[test]
 fn check_asks_ipam() {
     let world = World::new();
     let config = world.config("1.0.0", json!({}));
