@@ -67,6 +67,8 @@ pub struct Settings {
     pub kbp_config: String,
     /// More environment of containerd, and so of its shims.
     pub environment: Vec<(String, String)>,
+    /// Whether kbp's binaries are found only where they are installed: the directory of the build is not in PATH then.
+    pub installed: bool,
     /// Program and arguments put before containerd's own command line.
     pub wrapper: Vec<String>,
     /// Debug messages in the log.
@@ -98,7 +100,7 @@ impl<'s> Containerd<'s> {
         let generation_dir = generation.bin_dir()?;
         // kbp's shim and the generation's own binaries come first; runc and crun are always the machine's.
         let mut path: Vec<String> = Vec::new();
-        if let Ok(dir) = bin_dir() {
+        if let (false, Ok(dir)) = (settings.installed, bin_dir()) {
             path.push(dir.display().to_string());
         }
         path.extend(generation_dir.iter().map(|d| d.display().to_string()));

@@ -1,3 +1,4 @@
+#!/bin/sh
 # Owns a sandbox: $1 is its directory, $2 its name. Runs outside the sandbox's namespaces and starts itself again inside.
 # It lives as long as the pipe on its standard input is open, which is as long as the process that made the sandbox lives;
 # then it ends everything in the sandbox. So nothing survives a panic, a Ctrl-C or a kill -9 of a test.

@@ -134,6 +134,26 @@ impl Sandbox {
         command::run(command, Duration::from_secs(20))?.success()
     }
 
+    /// Makes a directory of the machine the sandbox's own: inside, everything in it is still there, and what is changed is changed
+    /// inside only. Returns the directory, seen from outside, that holds the changes.
+    pub fn overlay(&self, path: &str) -> Result<PathBuf> {
+        let dir = self
+            .dir
+            .join("overlay")
+            .join(path.trim_matches('/').replace('/', "-"));
+        let (upper, work) = (dir.join("upper"), dir.join("work"));
+        for sub in [&upper, &work] {
+            std::fs::create_dir_all(sub).context(|| format!("create {}", sub.display()))?;
+        }
+        let options = format!(
+            "lowerdir={path},upperdir={},workdir={}",
+            upper.display(),
+            work.display()
+        );
+        self.run("mount", &["-t", "overlay", "overlay", "-o", &options, path])?;
+        Ok(upper)
+    }
+
     /// Runs `ip` inside (Debian's iproute2).
     pub fn ip(&self, arguments: &str) -> Result<String> {
         program("ip", "iproute2")?;
