@@ -18,6 +18,9 @@ pub const DEFAULT_PATH: &str = "/etc/kbp/config.toml";
 /// Where state and claims are when the config names no other place.
 pub const DEFAULT_STATE_DIR: &str = "/run/kbp";
 
+/// Value of `cpus` for the CPUs that the kernel isolates.
+const ISOLATED: &str = "isolated";
+
 const KEYS: &str = "worker, busy-poll, profile, required, cpus, state-dir, runtime, disable";
 
 /// A kernel feature that the operator can switch off, for a kernel on which it misbehaves.
@@ -65,6 +68,8 @@ pub struct Config {
     pub policy: Layer,
     /// CPUs for workers: `cpus = "2-3"` or `"isolated"`; empty: no pool.
     pub cpus: CpuSet,
+    /// Whether `cpus` says `"isolated"`: then an empty pool means that the kernel isolates no CPU.
+    pub cpus_isolated: bool,
     /// Directory of state, claims and notifier sockets (`state-dir`); default `/run/kbp`.
     pub state_dir: PathBuf,
     /// OCI runtime binary when containerd's options name none (`runtime = "runc"`).
@@ -107,6 +112,7 @@ impl Config {
             path: path.to_owned(),
             policy: Layer::default(),
             cpus: CpuSet::default(),
+            cpus_isolated: false,
             state_dir: PathBuf::from(DEFAULT_STATE_DIR),
             runtime: "runc".to_owned(),
             disable: BTreeSet::new(),
@@ -121,14 +127,15 @@ impl Config {
         })?;
         let mut config = Self::default_at(path);
         for (key, value) in &table {
-            let refuse = |allowed: &str| Error::InvalidValue {
+            let refuse_part = |part: &toml::Value, allowed: &str| Error::InvalidValue {
                 origin: origin.clone(),
                 key: key.clone(),
-                value: value
+                value: part
                     .as_str()
-                    .map_or_else(|| value.to_string(), str::to_owned),
+                    .map_or_else(|| part.to_string(), str::to_owned),
                 allowed: allowed.to_owned(),
             };
+            let refuse = |allowed: &str| refuse_part(value, allowed);
             let text = value.as_str().filter(|t| !t.is_empty());
             match key.as_str() {
                 "cpus" => {
@@ -137,6 +144,7 @@ impl Config {
                         .ok_or_else(|| refuse("a CPU list such as \"2-3\", or \"isolated\""))?;
                     let topology = Topology::read_from(sys)?;
                     config.cpus = pool(text, &topology, sys).map_err(|a| refuse(&a))?;
+                    config.cpus_isolated = text == ISOLATED;
                 }
                 "state-dir" => {
                     let dir = text.map(Path::new).filter(|d| d.is_absolute());
@@ -150,13 +158,12 @@ impl Config {
                 "disable" => {
                     let allowed = || {
                         let names = Feature::ALL.map(|f| format!("\"{f}\"")).join(", ");
-                        refuse(&format!("a list of any of {names}"))
+                        format!("a list of any of {names}")
                     };
-                    for name in value.as_array().ok_or_else(allowed)? {
-                        let name = name.as_str().ok_or_else(allowed)?;
-                        config
-                            .disable
-                            .insert(choose(name, &Feature::ALL).map_err(|_| allowed())?);
+                    for entry in value.as_array().ok_or_else(|| refuse(&allowed()))? {
+                        let feature = entry.as_str().and_then(|e| choose(e, &Feature::ALL).ok());
+                        let feature = feature.ok_or_else(|| refuse_part(entry, &allowed()))?;
+                        config.disable.insert(feature);
                     }
                 }
                 _ => {
@@ -177,7 +184,7 @@ impl Config {
 /// The CPUs that `text` names; on error what would be accepted. A CPU that is merely offline stays in the pool: it may
 /// come back, and who wants to claim it is told.
 fn pool(text: &str, topology: &Topology, sys: &Path) -> Result<CpuSet, String> {
-    if text == "isolated" {
+    if text == ISOLATED {
         return Ok(topology.isolated.clone());
     }
     let cpus: CpuSet = text
@@ -297,13 +304,10 @@ mod tests {
 
     #[test]
     fn isolated_cpus_make_a_pool() {
-        assert_eq!(
-            parse("cpus = \"isolated\"")
-                .expect("valid")
-                .cpus
-                .to_string(),
-            "2-3"
-        );
+        let isolated = parse("cpus = \"isolated\"").expect("valid");
+        assert_eq!(isolated.cpus.to_string(), "2-3");
+        assert!(isolated.cpus_isolated);
+        assert!(!parse("cpus = \"2-3\"").expect("valid").cpus_isolated);
     }
 
     #[test]
@@ -322,9 +326,10 @@ mod tests {
             ("state-dir = \"run\"", vec!["state-dir", "absolute path"]),
             ("runtime = \"\"", vec!["runtime", "OCI runtime"]),
             (
-                "disable = [\"io_uring\"]",
-                vec!["disable", "io_uring", "\"sqpoll\""],
+                "disable = [\"napi\", \"io_uring\"]",
+                vec!["disable = \"io_uring\"", "\"sqpoll\""],
             ),
+            ("disable = [1]", vec!["disable = \"1\"", "a list of"]),
             ("disable = \"sqpoll\"", vec!["disable", "a list of"]),
             ("cores = \"2\"", vec!["cores is not a kbp setting", "cpus"]),
             ("worker = ", vec!["line 1"]),

@@ -54,6 +54,7 @@ pub(super) fn checks(config: Option<&Config>) -> Vec<Check> {
     };
     let machine = Topology::read().and_then(|t| Ok((t, cpu::usable()?)));
     let check = match machine {
+        Ok((topology, _)) if wants_isolated(config, &topology) => none_isolated(),
         Ok((topology, usable)) => pool(&config.cpus, &topology, &usable),
         Err(error) => Check::degraded(
             NAME,
@@ -63,6 +64,20 @@ pub(super) fn checks(config: Option<&Config>) -> Vec<Check> {
         ),
     };
     vec![check]
+}
+
+/// The operator wants a pool of the CPUs that the kernel isolates, and it isolates none.
+fn wants_isolated(config: &Config, topology: &Topology) -> bool {
+    config.cpus_isolated && topology.isolated.is_empty()
+}
+
+fn none_isolated() -> Check {
+    Check::degraded(
+        "cpu-pool",
+        "cpus = \"isolated\", but the kernel isolates no CPU: there is no pool",
+        "workers take idle cycles (SCHED_IDLE); kbp.io/worker: dedicated is not to be had",
+        "isolcpus= on the kernel command line, or name the CPUs, such as cpus = \"2-3\"",
+    )
 }
 
 fn pool(pool: &CpuSet, topology: &Topology, usable: &CpuSet) -> Check {
@@ -137,6 +152,19 @@ mod tests {
         std::fs::write(cpus.join("online"), online).expect("write");
         std::fs::write(cpus.join("isolated"), isolated).expect("write");
         Topology::read_from(sys.path()).expect("topology")
+    }
+
+    #[test]
+    fn isolated_cpus_that_are_not_there_are_told() {
+        let file = tempfile::NamedTempFile::new().expect("file");
+        std::fs::write(file.path(), "cpus = \"isolated\"").expect("write");
+        let config = Config::read(file.path()).expect("config");
+        assert!(wants_isolated(&config, &machine("0-3", "")));
+        assert!(!wants_isolated(&config, &machine("0-3", "2-3")));
+        assert_eq!(none_isolated().verdict, Verdict::Degraded);
+        std::fs::write(file.path(), "").expect("write");
+        let config = Config::read(file.path()).expect("config");
+        assert!(!wants_isolated(&config, &machine("0-3", "")));
     }
 
     #[test]
