@@ -2,10 +2,11 @@
 //!
 //! A call goes through [`cni`] (environment, configuration, versions, IPAM, result) into one of
 //! [`verbs`], which uses [`routed`] to work out and apply what the kernel shall have.
-//! The only program it ever executes is the IPAM plugin.
+//! The only program it ever executes is the IPAM plugin, and none with the built-in [`ipam_local`].
 
 mod attachment;
 mod cni;
+mod ipam_local;
 mod routed;
 mod sysctl;
 mod verbs;

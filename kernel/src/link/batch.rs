@@ -130,11 +130,20 @@ impl Batch {
 
     /// Sets the alias, at most 255 bytes; an empty one removes it.
     pub fn set_alias(&mut self, link: IfIndex, alias: &str) -> &mut Self {
-        // Without the NUL that LinkAttribute::IfAlias adds: the kernel removes an alias only when
-        // the value is empty.
-        let value = DefaultNla::new(libc::IFLA_IFALIAS, alias.as_bytes().to_vec());
-        let message = link_message(link, vec![LinkAttribute::Other(value)]);
+        let message = link_message(link, vec![alias_attribute(alias)]);
         let what = format!("set the alias of link {link} to {alias:?}");
+        self.change(what, 0, RouteNetlinkMessage::SetLink(message))
+    }
+
+    /// Sets the alias, at most 255 bytes, of a link that the same batch creates: the kernel takes no alias with a
+    /// new link, and in one batch nothing comes between, not even the death of this process.
+    pub fn set_alias_of(&mut self, name: &str, alias: &str) -> &mut Self {
+        let attributes = vec![
+            LinkAttribute::IfName(name.to_owned()),
+            alias_attribute(alias),
+        ];
+        let message = link_message(IfIndex(0), attributes);
+        let what = format!("set the alias of link {name} to {alias:?}");
         self.change(what, 0, RouteNetlinkMessage::SetLink(message))
     }
 
@@ -295,6 +304,14 @@ pub(super) fn link_message(link: IfIndex, attributes: Vec<LinkAttribute>) -> Lin
     message.header.index = link.0;
     message.attributes = attributes;
     message
+}
+
+/// Without the NUL that LinkAttribute::IfAlias adds: the kernel removes an alias only when the value is empty.
+fn alias_attribute(alias: &str) -> LinkAttribute {
+    LinkAttribute::Other(DefaultNla::new(
+        libc::IFLA_IFALIAS,
+        alias.as_bytes().to_vec(),
+    ))
 }
 
 fn route_message(route: &Route) -> RouteMessage {

@@ -78,6 +78,13 @@ impl Config {
         })
     }
 
+    /// A config of that content.
+    #[cfg(test)]
+    pub(crate) fn for_test(json: &Value) -> Self {
+        let json = json.to_string().into_bytes();
+        Self::parse(json, &mut Version::NEWEST.clone()).expect("a valid config")
+    }
+
     /// Refuses a verb that the config's version does not have.
     pub(crate) fn require_verb(&self, verb: Verb) -> Result<()> {
         let since = match verb {
@@ -101,7 +108,8 @@ impl Config {
 
     /// Name of the IPAM plugin's binary.
     pub(crate) fn ipam_type(&self) -> Result<&str> {
-        const ALLOWED: &str = "the name of an IPAM plugin in CNI_PATH, e.g. \"host-local\"";
+        const ALLOWED: &str =
+            "\"kbp-local\", or the name of an IPAM plugin in CNI_PATH, e.g. \"host-local\"";
         let refuse = |key: &str, value: &Value| CniError::config(key, value, ALLOWED);
         let ipam = object(&self.json, "ipam", "ipam")?.ok_or_else(|| {
             CniError::new(

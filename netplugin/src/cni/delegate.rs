@@ -1,4 +1,4 @@
-//! Calling the IPAM plugin: found in CNI_PATH, with our environment and the whole config on stdin.
+//! Calling IPAM: the built-in one, or a plugin found in CNI_PATH, with our environment and the whole config on stdin.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -13,19 +13,81 @@ use super::error::{CniError, Code, Result};
 use super::exec::{self, Outcome};
 use super::ipam::Lease;
 use super::version::Version;
+use crate::attachment::Attachment;
+use crate::ipam_local::{self, LocalIpam};
 
-/// The IPAM plugin of a config.
+/// The IPAM of a config.
 #[derive(Debug)]
-pub(crate) struct Ipam<'a> {
+pub(crate) enum Ipam<'a> {
+    /// Inside this process.
+    Local(LocalIpam<'a>),
+    /// A program.
+    Plugin(Plugin<'a>),
+}
+
+impl<'a> Ipam<'a> {
+    /// Finds the one that the config names.
+    pub(crate) fn find(config: &'a Config, call: &'a Call) -> Result<Self> {
+        if config.ipam_type()? == ipam_local::TYPE {
+            return LocalIpam::new(config, call).map(Self::Local);
+        }
+        Plugin::find(config, call).map(Self::Plugin)
+    }
+
+    /// Leases addresses.
+    pub(crate) fn add(&self) -> Result<Lease> {
+        match self {
+            Self::Local(local) => local.add(),
+            Self::Plugin(plugin) => plugin.add(),
+        }
+    }
+
+    /// Gives the leases of this call's attachment back.
+    pub(crate) fn del(&self) -> Result<()> {
+        match self {
+            Self::Local(local) => local.del(),
+            Self::Plugin(plugin) => plugin.call(Verb::Del, &[]).map(drop),
+        }
+    }
+
+    /// Has the leases of this call's attachment checked.
+    pub(crate) fn check(&self) -> Result<()> {
+        match self {
+            Self::Local(local) => local.check(),
+            Self::Plugin(plugin) => plugin.call(Verb::Check, &[]).map(drop),
+        }
+    }
+
+    /// Gives back the leases of all attachments that are not valid any more. `gone` are those of them that were
+    /// seen: a plugin that is too old for GC gets a DEL for each.
+    pub(crate) fn gc(&self, gone: &[Attachment]) -> Vec<CniError> {
+        match self {
+            Self::Local(local) => local.gc().err().into_iter().collect(),
+            Self::Plugin(plugin) => plugin.gc(gone),
+        }
+    }
+
+    /// Tells whether an ADD could work. A plugin is asked when it knows STATUS.
+    pub(crate) fn status(&self) -> Result<()> {
+        match self {
+            Self::Local(local) => local.status(),
+            Self::Plugin(plugin) => plugin.status(),
+        }
+    }
+}
+
+/// An IPAM plugin.
+#[derive(Debug)]
+pub(crate) struct Plugin<'a> {
     config: &'a Config,
     name: &'a str,
     binary: PathBuf,
     timeout: Duration,
 }
 
-impl<'a> Ipam<'a> {
+impl<'a> Plugin<'a> {
     /// Finds the plugin that the config names.
-    pub(crate) fn find(config: &'a Config, call: &Call) -> Result<Self> {
+    fn find(config: &'a Config, call: &Call) -> Result<Self> {
         let name = config.ipam_type()?;
         let timeout = config.ipam_timeout()?;
         let binary = call
@@ -50,7 +112,7 @@ impl<'a> Ipam<'a> {
     }
 
     /// Leases addresses.
-    pub(crate) fn add(&self) -> Result<Lease> {
+    fn add(&self) -> Result<Lease> {
         let json = self.call(Verb::Add, &[])?;
         let lease = Lease::from_json(&json).map_err(|error| self.told(error))?;
         if lease.ips.is_empty() {
@@ -67,38 +129,44 @@ impl<'a> Ipam<'a> {
         Ok(lease)
     }
 
-    /// Gives the leases of this call's attachment back.
-    pub(crate) fn del(&self) -> Result<()> {
-        self.call(Verb::Del, &[]).map(drop)
+    /// Forwards GC. A plugin that is too old for it gets a DEL for each of `gone`.
+    fn gc(&self, gone: &[Attachment]) -> Vec<CniError> {
+        match self.versions() {
+            Ok(versions) if versions.contains(&Version::V1_1_0) => {
+                self.call(Verb::Gc, &[]).err().into_iter().collect()
+            }
+            Ok(_) => gone
+                .iter()
+                .filter_map(|gone| self.del_other(gone).err())
+                .collect(),
+            Err(error) => vec![error],
+        }
     }
 
     /// Gives the leases of another attachment back, whose namespace is not known.
-    pub(crate) fn del_other(&self, container_id: &str, ifname: &str) -> Result<()> {
+    fn del_other(&self, attachment: &Attachment) -> Result<()> {
         let environment = [
-            ("CNI_CONTAINERID", container_id),
-            ("CNI_IFNAME", ifname),
+            ("CNI_CONTAINERID", attachment.container_id.as_str()),
+            ("CNI_IFNAME", &attachment.ifname),
             ("CNI_NETNS", ""),
         ];
         self.call(Verb::Del, &environment).map(drop)
     }
 
-    /// Has the leases of this call's attachment checked.
-    pub(crate) fn check(&self) -> Result<()> {
-        self.call(Verb::Check, &[]).map(drop)
-    }
-
-    /// Forwards GC.
-    pub(crate) fn gc(&self) -> Result<()> {
-        self.call(Verb::Gc, &[]).map(drop)
-    }
-
-    /// Forwards STATUS.
-    pub(crate) fn status(&self) -> Result<()> {
-        self.call(Verb::Status, &[]).map(drop)
+    /// Forwards STATUS to a plugin that knows it.
+    fn status(&self) -> Result<()> {
+        let versions = self.versions().map_err(|error| CniError {
+            code: Code::NOT_AVAILABLE,
+            ..error
+        })?;
+        if versions.contains(&Version::V1_1_0) {
+            self.call(Verb::Status, &[])?;
+        }
+        Ok(())
     }
 
     /// The versions that the plugin speaks, those of them that kbp knows.
-    pub(crate) fn versions(&self) -> Result<Vec<Version>> {
+    fn versions(&self) -> Result<Vec<Version>> {
         let request = json!({ "cniVersion": self.config.version.as_str() }).to_string();
         let json = self.execute(Verb::Version, request.as_bytes(), &[])?;
         let list = json.get("supportedVersions").and_then(Value::as_array);

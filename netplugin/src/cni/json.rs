@@ -21,7 +21,7 @@ fn present<'a>(map: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
 }
 
 /// A string under `key`; null is as good as none.
-pub(super) fn string<'a>(
+pub(crate) fn string<'a>(
     map: &'a Map<String, Value>,
     key: &str,
     allowed: &str,
@@ -36,7 +36,7 @@ pub(super) fn string<'a>(
 }
 
 /// A boolean under `key`; false when there is none.
-pub(super) fn boolean(map: &Map<String, Value>, key: &str) -> Result<bool> {
+pub(crate) fn boolean(map: &Map<String, Value>, key: &str) -> Result<bool> {
     present(map, key)
         .map(|value| {
             value
@@ -48,7 +48,7 @@ pub(super) fn boolean(map: &Map<String, Value>, key: &str) -> Result<bool> {
 }
 
 /// An integer from `min` to `max` under `key`.
-pub(super) fn number(
+pub(crate) fn number(
     map: &Map<String, Value>,
     key: &str,
     min: u64,
@@ -66,7 +66,7 @@ pub(super) fn number(
 }
 
 /// An object under `key`; `path` is what the error calls it.
-pub(super) fn object<'a>(
+pub(crate) fn object<'a>(
     map: &'a Map<String, Value>,
     key: &str,
     path: &str,

@@ -6,7 +6,7 @@ pub(crate) mod env;
 pub(crate) mod error;
 pub(crate) mod exec;
 pub(crate) mod ipam;
-mod json;
+pub(crate) mod json;
 pub(crate) mod options;
 pub(crate) mod result;
 pub(crate) mod version;

@@ -124,7 +124,7 @@ pub(crate) fn create(
     options: &Options,
 ) -> Result<Pair> {
     let host_name = attachment.host_end();
-    host.route.execute(Batch::new().create_veth(&VethPair {
+    let veth = VethPair {
         host_name: &host_name,
         host_mac: attachment.host_mac(),
         pod_name: &attachment.ifname,
@@ -132,7 +132,13 @@ pub(crate) fn create(
         pod_netns: &pod.netns,
         mtu: DEVICE_MTU,
         tx_queue_len: options.tx_queue_len,
-    }))?;
+    };
+    // Without its alias GC would not know whose it is, should this process be killed.
+    host.route.execute(
+        Batch::new()
+            .create_veth(&veth)
+            .set_alias_of(&host_name, &attachment.alias()),
+    )?;
     let ends = host.end(&host_name).and_then(|host| {
         Ok(Pair {
             host,
@@ -153,7 +159,6 @@ pub(crate) fn configure(
     host: &mut Side,
     pod: &mut Side,
     pair: &Pair,
-    attachment: &Attachment,
     options: &Options,
     plan: &Plan,
 ) -> Result<()> {
@@ -165,8 +170,7 @@ pub(crate) fn configure(
     }
     // The pod's first: with its end up the link has a carrier, and the host's routes and qdisc are alive at once.
     pod.route.execute(&pod_batch(pair, options, plan))?;
-    host.route
-        .execute(&host_batch(pair, attachment, options, plan))?;
+    host.route.execute(&host_batch(pair, options, plan))?;
     // After the link is up: only then does GRO make a NAPI instance.
     let wanted = features(options.profile);
     ethtool::set_features(&pod.netns, &pair.pod.name, wanted)?;
@@ -221,10 +225,9 @@ fn pod_batch(pair: &Pair, options: &Options, plan: &Plan) -> Batch {
     batch
 }
 
-fn host_batch(pair: &Pair, attachment: &Attachment, options: &Options, plan: &Plan) -> Batch {
+fn host_batch(pair: &Pair, options: &Options, plan: &Plan) -> Batch {
     let device = pair.host.index;
     let mut batch = Batch::new();
-    batch.set_alias(device, &attachment.alias());
     for gateway in plan.gateways() {
         batch.add_address(device, IpNet::from(gateway), true);
     }

@@ -80,14 +80,7 @@ impl Add<'_> {
             &self.options,
         )?;
         self.made.host_end = Some(pair.host.index);
-        wire::configure(
-            &mut self.host,
-            &mut self.pod,
-            &pair,
-            &self.attachment,
-            &self.options,
-            &plan,
-        )?;
+        wire::configure(&mut self.host, &mut self.pod, &pair, &self.options, &plan)?;
         if self.options.ip_masq {
             self.made.masquerade = true;
             masquerade::add(&self.host.netns, &self.attachment, &plan)?;

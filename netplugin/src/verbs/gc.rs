@@ -9,7 +9,6 @@ use crate::cni::config::Config;
 use crate::cni::delegate::Ipam;
 use crate::cni::env::Call;
 use crate::cni::error::{CniError, Result};
-use crate::cni::version::Version;
 use crate::routed::masquerade;
 use crate::routed::wire::{self, Side};
 
@@ -42,7 +41,10 @@ pub(crate) fn gc(call: &Call, config: &Config) -> Result<()> {
             .err()
             .map(CniError::from),
     );
-    failed.extend(leases(call, config, &stale));
+    match Ipam::find(config, call) {
+        Ok(ipam) => failed.extend(ipam.gc(&stale)),
+        Err(error) => failed.push(error),
+    }
     CniError::join(failed).map_or(Ok(()), Err)
 }
 
@@ -60,22 +62,4 @@ fn stale(host: &mut Side, network: &str, valid: &[Attachment]) -> Result<Vec<Att
         })
         .filter(|found| found.network == network && !valid.contains(found))
         .collect())
-}
-
-/// Forwards GC. An IPAM plugin that is too old for it gets a DEL for each attachment that was removed.
-fn leases(call: &Call, config: &Config, stale: &[Attachment]) -> Vec<CniError> {
-    let ipam = match Ipam::find(config, call) {
-        Ok(ipam) => ipam,
-        Err(error) => return vec![error],
-    };
-    match ipam.versions() {
-        Ok(versions) if versions.contains(&Version::V1_1_0) => {
-            ipam.gc().err().into_iter().collect()
-        }
-        Ok(_) => stale
-            .iter()
-            .filter_map(|gone| ipam.del_other(&gone.container_id, &gone.ifname).err())
-            .collect(),
-        Err(error) => vec![error],
-    }
 }

@@ -7,7 +7,6 @@ use crate::cni::delegate::Ipam;
 use crate::cni::env::Call;
 use crate::cni::error::{CniError, Code, Result};
 use crate::cni::options::Options;
-use crate::cni::version::Version;
 
 /// Tries what every ADD needs: a config that can be read, netlink, the IPAM plugin. A plugin that knows STATUS is
 /// asked, too.
@@ -24,12 +23,5 @@ pub(crate) fn status(call: &Call, config: &Config) -> Result<()> {
         Code::CONFIG => error,
         _ => unavailable(error),
     })?;
-    if ipam
-        .versions()
-        .map_err(unavailable)?
-        .contains(&Version::V1_1_0)
-    {
-        ipam.status()?;
-    }
-    Ok(())
+    ipam.status()
 }

@@ -69,7 +69,7 @@ fn every_example_works() {
             world.quiet("DEL", pod, &config);
         }
     }
-    assert_eq!(count, 3, "examples in config/cni");
+    assert_eq!(count, 4, "examples in config/cni");
 }
 
 #[test]

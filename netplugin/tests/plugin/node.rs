@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::world::{Answer, Pod, World};
 
-fn node_call(world: &World, verb: &str, config: &Value) -> Answer {
+pub(crate) fn node_call(world: &World, verb: &str, config: &Value) -> Answer {
     let environment = [
         ("CNI_COMMAND", verb.to_owned()),
         ("CNI_PATH", world.cni_path()),
@@ -17,12 +17,12 @@ fn node_call(world: &World, verb: &str, config: &Value) -> Answer {
     world.call_with(&environment, &config.to_string())
 }
 
-fn quiet(world: &World, verb: &str, config: &Value) {
+pub(crate) fn quiet(world: &World, verb: &str, config: &Value) {
     let answer = node_call(world, verb, config);
     assert!(answer.ok && answer.stdout.is_empty(), "{verb}: {answer:?}");
 }
 
-fn keeping(config: &Value, pods: &[&Pod]) -> Value {
+pub(crate) fn keeping(config: &Value, pods: &[&Pod]) -> Value {
     let valid: Vec<_> = pods
         .iter()
         .map(|pod| json!({ "containerID": pod.id, "ifname": "eth0" }))

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use kbp_kernel::link::{Batch, Route, RouteSocket, VethPair};
@@ -291,6 +291,16 @@ pub(crate) fn run(
     environment: &BTreeMap<String, String>,
     input: &str,
 ) -> Answer {
+    answer(start(netns, plugin, environment, input))
+}
+
+/// Starts a plugin as [`run`] does, and gives it its input.
+pub(crate) fn start(
+    netns: &Netns,
+    plugin: &Path,
+    environment: &BTreeMap<String, String>,
+    input: &str,
+) -> Child {
     let mut command = Command::new(plugin);
     command
         .env_clear()
@@ -310,6 +320,11 @@ pub(crate) fn run(
         .take()
         .expect("piped")
         .write_all(input.as_bytes());
+    child
+}
+
+/// Waits for a plugin and what it answers.
+pub(crate) fn answer(child: Child) -> Answer {
     let output = child.wait_with_output().expect("wait for the plugin");
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("text");
     Answer {

@@ -1,0 +1,152 @@
+//! The plugin is killed at any point of ADD and DEL. After GC nothing is left, and no address is lost.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde_json::Value;
+
+use crate::lifecycle::with_result;
+use crate::local_ipam::{addresses, small};
+use crate::node::{keeping, quiet};
+use crate::world::{Pod, World, answer, environment, start};
+
+const PODS: usize = 6;
+
+/// Numbers that differ from run to run (xorshift64).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % end
+    }
+}
+
+#[test]
+fn killed_at_any_point_it_leaves_nothing_that_gc_does_not_clear() {
+    let rounds = match std::env::var_os("KBP_SOAK") {
+        Some(_) => 1000,
+        None => 200,
+    };
+    let seed = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .expect("a clock")
+        .subsec_nanos();
+    println!("seed {seed}");
+    let mut random = Random(u64::from(seed) | 1 << 40);
+
+    let world = World::new();
+    world.set_sysctl("net/ipv4/ip_forward", "1");
+    // As many addresses as pods: one that is lost is missed.
+    let config = small(&world, &format!("10.77.0.{}", 1 + PODS));
+    let pods: Vec<_> = (0..PODS).map(|n| Pod::new(&format!("pod-{n}"))).collect();
+    quiet(&world, "GC", &keeping(&config, &[]));
+    // The nftables table comes with the first and stays with the last: before is after one of each.
+    let started = Instant::now();
+    world.add(&pods[0], &config);
+    let add_takes = started.elapsed();
+    world.quiet("DEL", &pods[0], &config);
+    let before = world.dump();
+
+    // The runtime's view: whom an ADD has succeeded for.
+    let mut live: BTreeMap<usize, Value> = BTreeMap::new();
+    let mut killed = 0;
+    for round in 0..rounds {
+        let n = random.below(PODS as u64) as usize;
+        let pod = &pods[n];
+        let verb = if live.contains_key(&n) { "DEL" } else { "ADD" };
+        let delay = add_takes.mul_f64(random.below(1000) as f64 / 1000.0);
+        let environment = environment(verb, &pod.id, &pod.path(), &world.cni_path());
+        let plugin = Path::new(env!("CARGO_BIN_EXE_kbp"));
+        let mut child = start(&world.host, plugin, &environment, &config.to_string());
+        kill_after(&mut child, delay);
+        let answer = answer(child);
+        match (verb, answer.ok) {
+            ("ADD", true) => {
+                let result = serde_json::from_str(&answer.stdout).expect("a result");
+                live.insert(n, result);
+            }
+            ("DEL", true) => drop(live.remove(&n)),
+            _ => {
+                assert!(
+                    answer.stdout.is_empty(),
+                    "round {round}: it failed by itself: {answer:?}"
+                );
+                killed += 1;
+                live.remove(&n);
+                // The runtime may repeat DEL, or forget the container until GC.
+                if random.below(2) == 0 {
+                    world.quiet("DEL", pod, &config);
+                } else {
+                    collect(&world, &config, &pods, &live);
+                }
+            }
+        }
+    }
+    println!("{killed} of {rounds} calls were killed in time");
+    assert!(
+        killed > rounds / 10,
+        "only {killed} of {rounds} calls were killed in time"
+    );
+
+    // Every address can still be had.
+    for (n, pod) in pods.iter().enumerate() {
+        live.entry(n).or_insert_with(|| world.add(pod, &config));
+    }
+    collect(&world, &config, &pods, &live);
+    let mut all: Vec<_> = live.values().flat_map(addresses).collect();
+    all.sort();
+    all.dedup();
+    assert_eq!(all.len(), PODS, "{all:?}");
+    collect(&world, &config, &pods, &BTreeMap::new());
+    assert_eq!(world.dump(), before);
+}
+
+#[test]
+fn an_add_that_was_killed_after_its_lease_can_be_repeated() {
+    let world = World::new();
+    let config = small(&world, "10.77.0.3");
+    let pod = Pod::new("pod-a");
+    // As a kill between the lease and the link leaves it.
+    let lease = addresses(&world.add(&pod, &config));
+    let result_links = world.host_command("ip", &["-o", "link", "show", "type", "veth"]);
+    let host_end = result_links
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix("kbp")?.split('@').next())
+        .expect("the host end");
+    world.host_command("ip", &["link", "del", &format!("kbp{host_end}")]);
+    assert_eq!(world.leases(), ["10.77.0.2"]);
+    assert_eq!(
+        addresses(&world.add(&pod, &config)),
+        lease,
+        "the same container keeps its address"
+    );
+    assert_eq!(world.leases(), ["10.77.0.2"]);
+    world.quiet("DEL", &pod, &config);
+    assert!(world.leases().is_empty());
+}
+
+/// Kills a process at that time, unless it ends before.
+fn kill_after(child: &mut std::process::Child, delay: Duration) {
+    let deadline = Instant::now() + delay;
+    while Instant::now() < deadline {
+        if child.try_wait().expect("wait").is_some() {
+            return;
+        }
+        std::thread::yield_now();
+    }
+    child.kill().expect("kill the plugin");
+}
+
+/// GC by what the runtime knows; who is alive has to stay whole.
+fn collect(world: &World, config: &Value, pods: &[Pod], live: &BTreeMap<usize, Value>) {
+    let valid: Vec<_> = live.keys().map(|n| &pods[*n]).collect();
+    quiet(world, "GC", &keeping(config, &valid));
+    for (n, result) in live {
+        world.quiet("CHECK", &pods[*n], &with_result(config, result));
+    }
+    assert_eq!(world.leases().len(), live.len());
+}
