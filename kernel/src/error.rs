@@ -70,14 +70,6 @@ pub enum Error {
 }
 
 impl Error {
-    /// A system call that set `errno`; call it directly after the failure.
-    pub fn last_os(what: impl Into<String>) -> Self {
-        Self::Syscall {
-            what: what.into(),
-            source: std::io::Error::last_os_error(),
-        }
-    }
-
     /// The errno behind this error, where there is one.
     pub fn errno(&self) -> Option<i32> {
         match self {

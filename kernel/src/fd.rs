@@ -186,28 +186,6 @@ pub fn receive(socket: BorrowedFd<'_>, max_data: usize, max_fds: usize) -> Resul
     Ok(Message { data, fds })
 }
 
-/// Receives until the peer closes its end: a message that a stream may deliver in pieces. More than `max_data` bytes or
-/// `max_fds` descriptors are an error. Bound the wait with a receive timeout on the socket (then EAGAIN).
-pub fn receive_to_end(socket: BorrowedFd<'_>, max_data: usize, max_fds: usize) -> Result<Message> {
-    const PIECE: usize = 16 * 1024;
-    let mut all = Message::default();
-    loop {
-        let room = max_fds.saturating_sub(all.fds.len());
-        let piece = receive(socket, PIECE, room)?;
-        if piece.data.is_empty() {
-            return Ok(all);
-        }
-        if all.data.len() + piece.data.len() > max_data {
-            return Err(Error::Protocol {
-                what: "receive a message with file descriptors".to_owned(),
-                detail: format!("more than {max_data} bytes"),
-            });
-        }
-        all.data.extend_from_slice(&piece.data);
-        all.fds.extend(piece.fds);
-    }
-}
-
 /// Who is at the other end of a unix socket (SO_PEERCRED).
 pub fn peer(socket: impl AsFd) -> Result<Peer> {
     let credentials: UnixCredentials =

@@ -101,40 +101,6 @@ fn more_descriptors_than_wanted_are_refused_and_closed() {
 }
 
 #[test]
-fn a_message_in_pieces_is_put_together() {
-    let (ours, theirs) = pair();
-    let null = std::fs::File::open("/dev/null").expect("/dev/null");
-    let long = vec![b'a'; 100_000];
-    let sender = std::thread::spawn({
-        let long = long.clone();
-        move || {
-            let mut sent = fd::send(ours.as_fd(), &long, &[null.as_fd()]).expect("send");
-            while sent < long.len() {
-                sent += fd::send(ours.as_fd(), &long[sent..], &[]).expect("send the rest");
-            }
-        }
-    });
-    let message = fd::receive_to_end(theirs.as_fd(), 200_000, 1).expect("receive");
-    sender.join().expect("sender");
-    assert_eq!(message.data, long);
-    assert_eq!(message.fds.len(), 1);
-}
-
-#[test]
-fn too_long_a_message_and_a_silent_peer_end_the_wait() {
-    let (ours, theirs) = pair();
-    fd::send(ours.as_fd(), &[0; 100], &[]).expect("send");
-    let error = fd::receive_to_end(theirs.as_fd(), 99, 0).expect_err("99 at most");
-    assert!(matches!(error, Error::Protocol { .. }), "{error}");
-
-    theirs
-        .set_read_timeout(Some(Duration::from_millis(20)))
-        .expect("timeout");
-    let error = fd::receive_to_end(theirs.as_fd(), 99, 0).expect_err("nobody speaks");
-    assert_eq!(error.errno(), Some(libc::EAGAIN), "{error}");
-}
-
-#[test]
 fn the_peer_of_a_pair_is_this_process() {
     let (ours, _theirs) = pair();
     let peer = fd::peer(&ours).expect("peer");
