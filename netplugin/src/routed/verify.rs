@@ -92,6 +92,10 @@ fn link_differences(link: &Link, mac: Option<MacAddr>, mtu: Option<u32>, found: 
     if !link.up {
         found.push(format!("{name} is down"));
     }
+    // Another one is fine: the plugin bandwidth, for one, puts its own there.
+    if link.qdisc.as_deref() == Some("noqueue") {
+        found.push(format!("{name} has no qdisc"));
+    }
     if let Some(mac) = mac.filter(|mac| link.mac != Some(*mac)) {
         let is = link.mac.map(|mac| mac.to_string()).unwrap_or_default();
         found.push(format!("{name} has the MAC {is} instead of {mac}"));

@@ -248,6 +248,19 @@ fn check_finds_each_thing_that_was_changed() {
             Box::new(|| in_pod(&["link", "set", "eth0", "mtu", "65535"])),
         ),
         (
+            Box::new(|| {
+                world.host_command("tc", &["qdisc", "del", "dev", host_end, "root"]);
+            }),
+            "has no qdisc",
+            // Any other one will do.
+            Box::new(|| {
+                world.host_command(
+                    "tc",
+                    &["qdisc", "replace", "dev", host_end, "root", "bfifo"],
+                );
+            }),
+        ),
+        (
             Box::new(|| in_pod(&["link", "set", "eth0", "address", "02:00:00:00:00:09"])),
             "eth0 has the MAC 02:00:00:00:00:09 instead of",
             Box::new(|| {
