@@ -61,7 +61,11 @@ impl Generation {
 pub struct Settings {
     /// Whether its CRI plugin runs.
     pub cri: bool,
-    /// More lines of its config file (version 2).
+    /// Whether its config file has format version 3, which 2.x knows, instead of 2, which all know.
+    pub version_3: bool,
+    /// More config files that it reads.
+    pub imports: Vec<PathBuf>,
+    /// More lines of its config file.
     pub config: String,
     /// Text of kbp's config file; its path is in KBP_CONFIG. Empty: an empty file, so that the machine's own is not read.
     pub kbp_config: String,
@@ -145,8 +149,10 @@ impl<'s> Containerd<'s> {
             .map(|p| format!("{p:?}"))
             .collect::<Vec<_>>()
             .join(", ");
+        let version = if self.settings.version_3 { 3 } else { 2 };
         let text = format!(
-            "version = 2\nroot = {:?}\nstate = \"/run/containerd\"\ndisabled_plugins = [{disabled}]\n[grpc]\naddress = {ADDRESS:?}\n{}\n",
+            "version = {version}\nimports = {:?}\nroot = {:?}\nstate = \"/run/containerd\"\ndisabled_plugins = [{disabled}]\n[grpc]\naddress = {ADDRESS:?}\n{}\n",
+            self.settings.imports,
             dir.join("root"),
             self.settings.config
         );

@@ -32,15 +32,14 @@ impl Leftovers {
         ] {
             files(what, &dir, &mut found);
         }
-        // Bundles are directories; one that is empty is as much a leftover as a full one.
+        // Bundles are directories, below their containerd namespace; one that is empty is as much a leftover as a full one.
         for root in [
             run.join("containerd/io.containerd.runtime.v2.task"),
             sandbox.dir().join("root/io.containerd.runtime.v2.task"),
         ] {
-            for entry in std::fs::read_dir(root.join(sandbox.name()))
-                .into_iter()
-                .flatten()
-                .flatten()
+            let namespaces = std::fs::read_dir(root).into_iter().flatten().flatten();
+            for entry in
+                namespaces.flat_map(|n| std::fs::read_dir(n.path()).into_iter().flatten().flatten())
             {
                 found.insert(format!("bundle: {}", entry.path().display()));
             }
