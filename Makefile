@@ -13,7 +13,7 @@ BINARIES := containerd-shim-kbp-v1 kbp-poller kbpctl
 CNI_PLUGINS := kbp
 CONFIG = $(shell find config -type f | sort)
 
-.PHONY: help build deps demo bench test lint install uninstall clean needs-root
+.PHONY: help build deps demo bench bench-cni test lint install uninstall clean needs-root
 .DEFAULT_GOAL := build
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo 'make deps       install the Debian packages that build, tests and demo use (root)'
 	@echo 'make demo       stock runtime against kbp on this machine, about four minutes (root)'
 	@echo 'make bench      the same, longer (root)'
+	@echo 'make bench-cni  ADD and DEL of the plugin against the reference plugins, under four minutes (root)'
 	@echo 'make test       every test, unit to end to end (root)'
 	@echo 'make lint       formatting, clippy, crates, shell scripts'
 	@echo 'make install    into PREFIX=$(PREFIX), CNI_BIN_DIR=$(CNI_BIN_DIR), below DESTDIR'
@@ -41,6 +42,9 @@ demo: needs-root deps build
 
 bench: needs-root deps build
 	$(RELEASE)/kbp-demo --rounds 11 --seconds 5 $(DEMO_ARGS)
+
+bench-cni: needs-root deps build
+	$(RELEASE)/kbp-bench-cni $(BENCH_ARGS)
 
 # The end-to-end tests run the release binaries, which are what is installed; the tests themselves are built with unwinding and checks.
 # They also use the containerd packages of newer suites, unpacked beside the machine's own; without them the tests say what is missing.

@@ -1,0 +1,288 @@
+//! `kbp-bench-cni`: how long ADD and DEL take, against the reference plugins, on this machine.
+//!
+//! The node and the pods are network namespaces of its own; whatever ends it, they end with it. The plugins take turns,
+//! so that whatever else the machine does meets all of them.
+
+mod node;
+mod plugin;
+mod report;
+mod stats;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use kbp_kernel::netns::Netns;
+use kbp_tests::Sandbox;
+use kbp_tests::binaries::kbp_binary;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+
+use node::{Node, Plugins, Pod};
+use plugin::{Arm, Variant, config};
+use report::{Report, Row, Scale};
+use stats::Summary;
+
+/// How many calls at once are measured.
+const AT_ONCE: usize = 30;
+/// As a shell has it for SIGINT.
+const INTERRUPTED: u8 = 130;
+/// After this time no further round begins; the longest takes some ten seconds.
+const LIMIT: Duration = Duration::from_secs(200);
+
+/// Compares ADD and DEL of kbp with the reference plugins.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Options {
+    /// A few samples of each, in under half a minute.
+    #[arg(long)]
+    quick: bool,
+    /// The plugin to measure [default: that of the release build, or in KBP_BIN_DIR].
+    #[arg(long)]
+    kbp: Option<PathBuf>,
+    /// File for the figures.
+    #[arg(long, default_value = "target/bench/cni.json")]
+    out: PathBuf,
+}
+
+/// How much is measured.
+#[derive(Debug, Clone, Copy)]
+struct Amount {
+    sequential: usize,
+    sequential_dual: usize,
+    at_once: usize,
+    at_once_dual: usize,
+    few_pods: usize,
+    many_pods: usize,
+    scale: usize,
+}
+
+const WHOLE: Amount = Amount {
+    sequential: 100,
+    sequential_dual: 6,
+    at_once: 4,
+    at_once_dual: 1,
+    few_pods: 10,
+    many_pods: 500,
+    scale: 100,
+};
+
+const QUICK: Amount = Amount {
+    sequential: 10,
+    sequential_dual: 1,
+    at_once: 1,
+    at_once_dual: 0,
+    few_pods: 10,
+    many_pods: 100,
+    scale: 20,
+};
+
+fn main() -> ExitCode {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    let outcome = run(&Options::parse(), &interrupted);
+    if interrupted.load(Ordering::SeqCst) {
+        eprintln!("kbp-bench-cni: interrupted; everything it made is removed");
+        return ExitCode::from(INTERRUPTED);
+    }
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("kbp-bench-cni: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options, interrupted: &Arc<AtomicBool>) -> Result<()> {
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        signal_hook::flag::register(signal, Arc::clone(interrupted))
+            .context("take over SIGINT, SIGTERM and SIGHUP")?;
+    }
+    // A file descriptor holds each pod.
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
+
+    let kbp = match &options.kbp {
+        Some(path) => path.clone(),
+        None => kbp_binary("kbp")?,
+    };
+    let plugins = Plugins::find(kbp)?;
+    let sandbox = Sandbox::new()?;
+    let bench = Bench {
+        amount: if options.quick { QUICK } else { WHOLE },
+        node: Node::new(
+            Netns::of_process(sandbox.pid())?,
+            &plugins,
+            sandbox.dir().join("leases"),
+        ),
+        pods: Pod::several("pod", AT_ONCE)?,
+        interrupted,
+        begun: Instant::now(),
+    };
+    let mut report = Report {
+        kernel: read("/proc/sys/kernel/osrelease")?,
+        cpus: std::thread::available_parallelism()?.get(),
+        load: read("/proc/loadavg")?
+            .split(' ')
+            .next()
+            .unwrap_or_default()
+            .parse()?,
+        ..Report::default()
+    };
+    report.start_only = bench.start_only()?;
+    for dual_stack in [false, true] {
+        for masquerade in [false, true] {
+            let variant = Variant {
+                dual_stack,
+                masquerade,
+            };
+            // A quick run shows what the reference plugins' wait for IPv6 costs once.
+            if options.quick && dual_stack && masquerade {
+                continue;
+            }
+            report.calls.extend(bench.compare(variant)?);
+        }
+    }
+    report.scale = bench.scale(&plugins, sandbox.dir())?;
+    let text = report.text();
+    println!("{text}");
+    if let Some(dir) = options.out.parent() {
+        std::fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+    }
+    std::fs::write(&options.out, serde_json::to_vec_pretty(&report)?)
+        .with_context(|| format!("write {}", options.out.display()))?;
+    println!("figures: {}", options.out.display());
+    Ok(())
+}
+
+fn read(path: &str) -> Result<String> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("read {path}"))?;
+    Ok(text.trim().to_owned())
+}
+
+/// The measurements.
+#[derive(Debug)]
+struct Bench<'a> {
+    amount: Amount,
+    node: Node,
+    pods: Vec<Pod>,
+    interrupted: &'a AtomicBool,
+    begun: Instant,
+}
+
+impl Bench<'_> {
+    /// Whether a further round may begin. The first one always does.
+    fn goes_on(&self, round: usize) -> Result<bool> {
+        if self.interrupted.load(Ordering::SeqCst) {
+            bail!("interrupted");
+        }
+        Ok(round == 0 || self.begun.elapsed() < LIMIT)
+    }
+
+    fn start_only(&self) -> Result<Option<Summary>> {
+        let config = serde_json::json!({});
+        let mut took = Vec::new();
+        for _ in 0..self.amount.sequential {
+            took.push(
+                self.node
+                    .call(Arm::KbpLocal, "VERSION", &self.pods[0], &config)?,
+            );
+        }
+        Ok(Summary::of(&took))
+    }
+
+    /// Every plugin, one call at a time and many at once.
+    fn compare(&self, variant: Variant) -> Result<Vec<Row>> {
+        let (one, many) = match variant.dual_stack {
+            false => (self.amount.sequential, self.amount.at_once),
+            true => (self.amount.sequential_dual, self.amount.at_once_dual),
+        };
+        let mut rows = Vec::new();
+        for (rounds, pods) in [(one, &self.pods[..1]), (many, &self.pods[..])] {
+            rows.extend(self.rounds(variant, rounds, pods)?);
+        }
+        Ok(rows)
+    }
+
+    fn rounds(&self, variant: Variant, rounds: usize, pods: &[Pod]) -> Result<Vec<Row>> {
+        let masquerade = if variant.masquerade {
+            ", masquerade"
+        } else {
+            ""
+        };
+        eprintln!("{}{masquerade}, {} at once", variant.family(), pods.len());
+        let mut took: BTreeMap<(Arm, &'static str), Vec<Duration>> = BTreeMap::new();
+        for round in 0..rounds {
+            if !self.goes_on(round)? {
+                break;
+            }
+            let mut arms = Arm::ALL;
+            arms.rotate_left(round % Arm::ALL.len());
+            for arm in arms {
+                self.goes_on(0)?;
+                let config = config(arm, variant, self.node.leases());
+                for verb in ["ADD", "DEL"] {
+                    let calls = self.node.call_all(arm, verb, pods, &config)?;
+                    took.entry((arm, verb)).or_default().extend(calls);
+                }
+            }
+        }
+        let rows = took.iter().filter_map(|((arm, verb), took)| {
+            Some(Row {
+                plugin: *arm,
+                family: variant.family(),
+                masquerade: variant.masquerade,
+                at_once: pods.len(),
+                verb,
+                summary: Summary::of(took)?,
+            })
+        });
+        Ok(rows.collect())
+    }
+
+    /// ADD on two nodes by turns, one of which has many pods.
+    fn scale(&self, plugins: &Plugins, dir: &Path) -> Result<Vec<Scale>> {
+        let variant = Variant {
+            dual_stack: false,
+            masquerade: true,
+        };
+        let mut nodes = Vec::new();
+        for count in [self.amount.few_pods, self.amount.many_pods] {
+            eprintln!("v4, masquerade, a node with {count} pods");
+            let node = Node::new(
+                Netns::create()?,
+                plugins,
+                dir.join(format!("leases-{count}")),
+            );
+            let config = config(Arm::KbpLocal, variant, node.leases());
+            let pods = Pod::several("existing", count)?;
+            for pod in &pods {
+                self.goes_on(0)?;
+                node.call(Arm::KbpLocal, "ADD", pod, &config)?;
+            }
+            nodes.push((count, node, config, pods, Vec::new()));
+        }
+        let pod = &self.pods[0];
+        for round in 0..self.amount.scale {
+            if !self.goes_on(round)? {
+                break;
+            }
+            for (_, node, config, _, took) in &mut nodes {
+                took.push(node.call(Arm::KbpLocal, "ADD", pod, config)?);
+                node.call(Arm::KbpLocal, "DEL", pod, config)?;
+            }
+        }
+        let scale = nodes.iter().filter_map(|(count, _, _, _, took)| {
+            Some(Scale {
+                existing_pods: *count,
+                summary: Summary::of(took)?,
+            })
+        });
+        Ok(scale.collect())
+    }
+}
