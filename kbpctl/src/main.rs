@@ -4,7 +4,7 @@ mod doctor;
 mod status;
 mod text;
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -65,9 +65,18 @@ fn main() -> ExitCode {
     };
     match outcome {
         Ok((text, status)) => {
-            // A reader that has gone (`| head`) has read enough.
-            let _ = std::io::stdout().lock().write_all(text.as_bytes());
-            ExitCode::from(status)
+            let mut stdout = std::io::stdout().lock();
+            match stdout
+                .write_all(text.as_bytes())
+                .and_then(|()| stdout.flush())
+            {
+                // A reader that has gone (`| head`) has read enough.
+                Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+                    eprintln!("kbpctl: write to stdout: {error}");
+                    ExitCode::FAILURE
+                }
+                _ => ExitCode::from(status),
+            }
         }
         Err(error) => {
             eprintln!("kbpctl: {}", one_line(error.as_ref()));

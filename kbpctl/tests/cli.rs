@@ -284,6 +284,16 @@ fn wrong_usage_is_not_taken_for_a_verdict() {
 }
 
 #[test]
+fn output_that_cannot_be_written_is_an_error() {
+    let _turn = turn();
+    let full = fs::File::create("/dev/full").expect("open /dev/full");
+    let output = run(kbpctl(&["status", "--state-dir", "/nonexistent"]).stdout(full));
+    assert_eq!(output.status.code(), Some(1));
+    let said = text(&output.stderr);
+    assert!(said.contains("write to stdout"), "{said}");
+}
+
+#[test]
 fn a_reader_that_goes_away_is_no_error() {
     let _turn = turn();
     let mut command = kbpctl(&["doctor"]);

@@ -153,7 +153,7 @@ pub struct Stale {
     pub file: String,
     /// Why it is stale.
     pub reason: String,
-    /// Whether its owner is gone, so that it may be removed; else it is not a state file of this version.
+    /// Whether its owner is gone, so that it may be removed; else it cannot be read, or not as a state file of this version.
     pub owner_gone: bool,
 }
 
@@ -343,7 +343,15 @@ fn scan(state_dir: &Path) -> Result<(Vec<PodState>, Vec<Stale>)> {
             Ok(text) => text,
             // The pod went away between the listing and the reading.
             Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-            Err(e) => return Err(Error::io(format!("read state file {}", path.display()), e)),
+            // One file that cannot be read must not hide the others.
+            Err(e) => {
+                stale.push(Stale {
+                    file,
+                    reason: format!("it cannot be read: {e}"),
+                    owner_gone: false,
+                });
+                continue;
+            }
         };
         match serde_json::from_slice::<PodState>(&text) {
             Ok(state) if state.owner_lives() => live.push(state),
@@ -446,18 +454,21 @@ mod tests {
         write(dir.path(), &dead).expect("write");
         fs::write(dir.path().join("pods/broken.json"), "{").expect("write");
         fs::write(dir.path().join("pods/notes.txt"), "mine").expect("write");
+        fs::create_dir(dir.path().join("pods/dir.json")).expect("mkdir");
 
         assert_eq!(read_all(dir.path()).expect("read"), []);
         let stale = stale(dir.path()).expect("stale");
         assert_eq!(
             stale.iter().map(|s| s.file.as_str()).collect::<Vec<_>>(),
-            ["broken.json", "dead@test.json"]
+            ["broken.json", "dead@test.json", "dir.json"]
         );
         assert!(stale[0].reason.contains("not a state file"), "{stale:?}");
         assert!(
             stale[1].reason.contains(&std::process::id().to_string()),
             "{stale:?}"
         );
+        assert!(stale[2].reason.contains("cannot be read"), "{stale:?}");
+        assert!(!stale[2].owner_gone, "nobody knows: {stale:?}");
     }
 
     #[test]

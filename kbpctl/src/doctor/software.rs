@@ -172,8 +172,8 @@ fn ipam_plugin(dirs: &[PathBuf]) -> Check {
         None => Check::degraded(
             NAME,
             format!("no plugin host-local in {}", list(dirs)),
-            "the network lists that come with kbp cannot give out addresses",
-            "install the reference CNI plugins (Debian: containernetworking-plugins)",
+            "network lists with host-local cannot give out addresses; those with the built-in kbp-local can",
+            "install the reference CNI plugins (Debian: containernetworking-plugins), or take 10-kbp-local.conflist",
         ),
     }
 }
