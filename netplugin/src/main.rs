@@ -1,15 +1,21 @@
 //! `kbp`, the CNI plugin: it gives a container a veth pair that can be busy-polled.
 //!
 //! A call goes through [`cni`] (environment, configuration, versions, IPAM, result) into one of
-//! [`verbs`], which uses [`routed`] to work out and apply what the kernel shall have.
+//! [`verbs`], which uses [`routed`], [`bridge`] or [`tune`] to work out and apply what the kernel shall have.
 //! The only program it ever executes is the IPAM plugin, and none with the built-in [`ipam_local`].
 
 mod attachment;
+mod bridge;
 mod cni;
 mod ipam_local;
+mod masquerade;
 mod routed;
 mod sysctl;
+mod tune;
+mod uplink;
 mod verbs;
+mod verify;
+mod wire;
 
 use std::io::Write;
 use std::process::ExitCode;

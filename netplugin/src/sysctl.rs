@@ -4,9 +4,67 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use serde_json::Value;
+
 use crate::cni::error::{CniError, Code, Result};
 
 const ROOT: &str = "/proc/sys/net";
+
+/// A kernel switch of the pod's namespace that the config sets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct PodSysctl {
+    path: PathBuf,
+    value: String,
+}
+
+impl PodSysctl {
+    /// Reads an entry of `sysctl`. The part `IFNAME` of a key stands for the pod's interface.
+    pub(crate) fn read(key: &str, value: &Value, ifname: &str) -> Result<Self> {
+        const ALLOWED: &str = "net.* of the pod's namespace, with a string as value";
+        let refuse = || CniError::config(&format!("sysctl.{key}"), value, ALLOWED);
+        // As sysctl(8): with slashes, dots belong to names.
+        let separator = if key.contains('/') { '/' } else { '.' };
+        let mut parts = key.split(separator);
+        let is_net = parts.next() == Some("net");
+        let parts: Vec<_> = parts
+            .map(|part| if part == "IFNAME" { ifname } else { part })
+            .collect();
+        let is_name = |part: &&str| !matches!(*part, "" | "." | "..") && !part.contains('\0');
+        if !is_net || parts.is_empty() || !parts.iter().all(is_name) {
+            return Err(refuse());
+        }
+        let value = value.as_str().ok_or_else(refuse)?;
+        Ok(Self {
+            path: path(&parts.join("/")),
+            value: value.to_owned(),
+        })
+    }
+
+    /// Sets it in the calling thread's namespace; what it was before.
+    pub(crate) fn set(&self) -> Result<Self> {
+        let before = Self {
+            path: self.path.clone(),
+            value: read(&self.path)?,
+        };
+        ensure(&self.path, &self.value)?;
+        Ok(before)
+    }
+
+    /// Whether it is as it should be; else what it is.
+    pub(crate) fn difference(&self) -> Result<Option<String>> {
+        // Lists are read with tabs, whatever they were written with.
+        let words = |text: &str| {
+            text.split_whitespace()
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        };
+        let is = read(&self.path)?;
+        Ok((words(&is) != words(&self.value)).then(|| {
+            let path = self.path.display();
+            format!("{path} is {is:?} instead of {:?}", self.value)
+        }))
+    }
+}
 
 /// Lets the node forward the families in use, as every routing CNI plugin does.
 pub(crate) fn enable_forwarding(v4: bool, v6: bool) -> Result<()> {

@@ -90,7 +90,7 @@ impl Config {
         let since = match verb {
             Verb::Check => Version::V0_4_0,
             Verb::Gc | Verb::Status => Version::V1_1_0,
-            Verb::Add | Verb::Del | Verb::Version => Version::V0_3_1,
+            Verb::Add | Verb::Del | Verb::Version => Version::V0_1_0,
         };
         if self.version >= since {
             return Ok(());
@@ -104,6 +104,17 @@ impl Config {
                 since.as_str()
             ),
         ))
+    }
+
+    /// Whether it tunes another plugin's veth. Never fails: DEL has to work with any config.
+    pub(crate) fn is_tune(&self) -> bool {
+        self.json.get("mode").is_some_and(|mode| mode == "tune")
+    }
+
+    /// Whether IPAM has a part in it: always, but in mode `tune` only when the config names one, as it may have done
+    /// before it was changed to that mode.
+    pub(crate) fn wants_ipam(&self) -> bool {
+        !self.is_tune() || self.json.get("ipam").is_some_and(|ipam| !is_empty(ipam))
     }
 
     /// Name of the IPAM plugin's binary.
@@ -163,8 +174,11 @@ impl Config {
             .collect()
     }
 
-    /// The result of ADD, or of the plugin before in the chain.
+    /// The result of ADD, or of the plugin before in the chain. Before 0.3.0 there are no chains.
     pub(crate) fn prev_result(&self) -> Result<Option<&Map<String, Value>>> {
+        if self.version < Version::V0_3_0 {
+            return Ok(None);
+        }
         object(&self.json, "prevResult", "prevResult")
     }
 
@@ -250,7 +264,8 @@ mod tests {
             ("", Code::DECODE, "not JSON"),
             ("{", Code::DECODE, "not JSON"),
             ("[]", Code::DECODE, "object"),
-            ("{}", Code::VERSION, "0.1.0"),
+            ("{}", Code::CONFIG, "name"),
+            (r#"{"cniVersion":"9"}"#, Code::VERSION, "\"9\""),
             (r#"{"cniVersion":1}"#, Code::CONFIG, "cniVersion"),
             (r#"{"cniVersion":"1.0.0"}"#, Code::CONFIG, "name"),
             (
@@ -324,7 +339,9 @@ mod tests {
         let config =
             |version: &str| parse(&json!({ "cniVersion": version, "name": "n" })).expect("valid");
         for (version, verb, works) in [
-            ("0.3.1", Verb::Add, true),
+            ("0.1.0", Verb::Add, true),
+            ("0.2.0", Verb::Del, true),
+            ("0.2.0", Verb::Check, false),
             ("0.3.1", Verb::Check, false),
             ("0.4.0", Verb::Check, true),
             ("1.0.0", Verb::Gc, false),

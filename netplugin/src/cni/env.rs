@@ -172,13 +172,16 @@ fn check_container_id(id: &str) -> Result<()> {
     Ok(())
 }
 
-/// The kernel's own rules (dev_valid_name in net/core/dev.c).
-fn check_ifname(name: &str) -> Result<()> {
-    let valid = (1..=15).contains(&name.len())
+/// Whether a link can have this name: the kernel's own rules (dev_valid_name in net/core/dev.c).
+pub(crate) fn is_ifname(name: &str) -> bool {
+    (1..=15).contains(&name.len())
         && name != "."
         && name != ".."
-        && !name.contains(|c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control());
-    if valid {
+        && !name.contains(|c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control())
+}
+
+fn check_ifname(name: &str) -> Result<()> {
+    if is_ifname(name) {
         return Ok(());
     }
     Err(environment(format!(

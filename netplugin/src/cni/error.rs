@@ -38,6 +38,8 @@ impl Code {
     pub(crate) const EXISTS: Self = Self(102);
     /// CHECK found something else than ADD had made.
     pub(crate) const CHANGED: Self = Self(103);
+    /// The interface cannot be polled, and the config says that it has to be.
+    pub(crate) const NOT_POLLABLE: Self = Self(104);
     /// The built-in IPAM has no free address, or the one that is asked for is leased.
     pub(crate) const EXHAUSTED: Self = Self(110);
 }

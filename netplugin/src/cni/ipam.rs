@@ -62,13 +62,24 @@ impl RouteConfig {
 }
 
 impl Lease {
-    /// Reads a result of version 0.3.0 or later.
+    /// Reads a result of any version.
     pub(crate) fn from_json(json: &Map<String, Value>) -> Result<Self> {
-        let ips = list(json, "ips")?
+        let mut ips = list(json, "ips")?
             .iter()
             .map(leased_ip)
             .collect::<Result<Vec<_>>>()?;
-        let routes = routes(json)?;
+        let mut routes = routes(json)?;
+        // Before 0.3.0 there is at most one of each family, which carries its routes.
+        for key in ["ip4", "ip6"] {
+            match json.get(key) {
+                None | Some(Value::Null) => {}
+                Some(Value::Object(of_family)) => {
+                    ips.push(old_ip(key, of_family)?);
+                    routes.extend(self::routes(of_family)?);
+                }
+                Some(other) => return Err(decode(key, other)),
+            }
+        }
         let dns = match json.get("dns") {
             None | Some(Value::Null) => Map::new(),
             Some(Value::Object(dns)) => dns.clone(),
@@ -105,6 +116,16 @@ pub(crate) fn leased_ip(entry: &Value) -> Result<LeasedIp> {
     Ok(LeasedIp {
         address: entry.get("address").and_then(parsed).ok_or_else(refuse)?,
         gateway: address(entry, "gateway", refuse)?,
+    })
+}
+
+/// Reads `ip4` or `ip6` of a result before 0.3.0.
+fn old_ip(key: &str, entry: &Map<String, Value>) -> Result<LeasedIp> {
+    let whole = Value::Object(entry.clone());
+    let refuse = || decode(key, &whole);
+    Ok(LeasedIp {
+        address: entry.get("ip").and_then(parsed).ok_or_else(refuse)?,
+        gateway: address(&whole, "gateway", refuse)?,
     })
 }
 
@@ -191,8 +212,31 @@ mod tests {
     }
 
     #[test]
+    fn the_form_before_0_3_0_is_read() {
+        let lease = read(json!({
+            "cniVersion": "0.2.0",
+            "ip4": { "ip": "10.1.2.2/24", "gateway": "10.1.2.1", "routes": [{ "dst": "0.0.0.0/0" }] },
+            "ip6": { "ip": "fd00::2/64", "routes": [{ "dst": "::/0", "gw": "fd00::1" }] },
+            "dns": {},
+        }))
+        .expect("valid");
+        assert_eq!(
+            lease.ips[0].address,
+            "10.1.2.2/24".parse().expect("address")
+        );
+        assert_eq!(lease.ips[1].gateway, None);
+        assert_eq!(lease.routes.len(), 2);
+        assert_eq!(
+            lease.routes[1].gw,
+            Some("fd00::1".parse().expect("address"))
+        );
+    }
+
+    #[test]
     fn what_cannot_be_read_is_named() {
         for (json, part) in [
+            (json!({ "ip4": { "ip": "10.1" } }), "10.1"),
+            (json!({ "ip6": [] }), "ip6"),
             (json!({ "ips": {} }), "ips"),
             (json!({ "ips": [{}] }), "ips"),
             (

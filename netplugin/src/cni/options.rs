@@ -1,16 +1,23 @@
-//! What a config and a call say about one attachment in mode `routed`.
+//! What a config and a call say about one attachment.
 
 use kbp_kernel::{MacAddr, Mtu};
 use serde_json::{Map, Value, json};
 
-use super::env::Call;
+use super::env::{Call, is_ifname};
 use super::error::{CniError, Code, Result};
+use super::ipam::{self, RouteConfig};
 use super::json::{boolean, is_empty, number, object, string};
+use crate::sysctl::PodSysctl;
 
 /// Packets that a qdisc holds and the transmit queue length of both ends, unless the config says otherwise.
 const DEFAULT_TX_QUEUE_LEN: u32 = 1000;
 const MAX_TX_QUEUE_LEN: u32 = 1_000_000;
-const MODES: &str = "\"routed\"";
+const MODES: &str = "\"routed\", \"bridge\", \"tune\"";
+const DEFAULT_BRIDGE: &str = "kbp0";
+/// The kernel allows 4096; a pod with more than one NAPI instance is hard enough to poll.
+const MAX_QUEUES: u64 = 64;
+const ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
+const ANNOTATED_PROFILE: &str = "kbp.io/profile";
 const PROFILES: &str = "\"latency\", \"throughput\"";
 const MACS: &str = "a unicast address of six hexadecimal bytes, e.g. \"02:00:5e:10:00:01\"";
 
@@ -25,9 +32,33 @@ pub(crate) enum Profile {
     Throughput,
 }
 
+/// How a pod is connected.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// By a host route of its own.
+    Routed,
+    /// By a port of a bridge.
+    Bridge(BridgeOptions),
+    /// By another plugin earlier in the chain, whose veth is made pollable.
+    Tune,
+}
+
+/// What concerns mode `bridge` only.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct BridgeOptions {
+    /// Name of the bridge.
+    pub(crate) name: String,
+    /// Whether the bridge has the gateways' addresses.
+    pub(crate) is_gateway: bool,
+    /// Whether a pod reaches itself through the bridge.
+    pub(crate) hairpin: bool,
+}
+
 /// What was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Options {
+    /// See [`Mode`].
+    pub(crate) mode: Mode,
     /// Largest packet that leaves the node; None: as the uplink.
     pub(crate) mtu: Option<Mtu>,
     /// Whether traffic that leaves the node's pod ranges gets an address of the node.
@@ -40,19 +71,31 @@ pub(crate) struct Options {
     pub(crate) tx_queue_len: u32,
     /// Whether the pod gets a default route even when IPAM gives none.
     pub(crate) is_default_gateway: bool,
+    /// Queue pairs of each end.
+    pub(crate) queues: u32,
+    /// Routes for the pod beside IPAM's.
+    pub(crate) routes: Vec<RouteConfig>,
+    /// Kernel switches of the pod's namespace.
+    pub(crate) sysctls: Vec<PodSysctl>,
+    /// Mode `tune`: whether an interface that cannot be polled is an error.
+    pub(crate) required: bool,
 }
 
 impl Options {
     /// Reads a config; the runtime's wishes for one container go before what the config says for all.
     pub(crate) fn read(json: &Map<String, Value>, call: &Call) -> Result<Self> {
-        check_mode(json)?;
+        let is_default_gateway = boolean(json, "isDefaultGateway")?;
+        let mode = mode(json, is_default_gateway)?;
         let mtu = number(json, "mtu", 0, 65535, MTUS)?.unwrap_or(0);
         if (1..68).contains(&mtu) {
             return Err(CniError::config("mtu", &json!(mtu), MTUS));
         }
         let range = format!("1 to {MAX_TX_QUEUE_LEN}");
         let tx_queue_len = number(json, "txQueueLen", 1, MAX_TX_QUEUE_LEN.into(), &range)?;
+        let range = format!("1 to {MAX_QUEUES}");
+        let queues = number(json, "numQueues", 1, MAX_QUEUES, &range)?;
         Ok(Self {
+            mode,
             mtu: u32::try_from(mtu).ok().filter(|mtu| *mtu > 0).map(Mtu),
             ip_masq: boolean(json, "ipMasq")?,
             mac: mac(json, call)?,
@@ -60,27 +103,80 @@ impl Options {
             tx_queue_len: tx_queue_len
                 .and_then(|n| u32::try_from(n).ok())
                 .unwrap_or(DEFAULT_TX_QUEUE_LEN),
-            is_default_gateway: boolean(json, "isDefaultGateway")?,
+            is_default_gateway,
+            queues: queues.and_then(|n| u32::try_from(n).ok()).unwrap_or(1),
+            routes: routes(json)?,
+            sysctls: sysctls(json, &call.ifname)?,
+            required: boolean(json, "required")?,
         })
     }
 }
 
-fn check_mode(json: &Map<String, Value>) -> Result<()> {
+fn mode(json: &Map<String, Value>, is_default_gateway: bool) -> Result<Mode> {
+    let unsupported = |msg| Err(CniError::new(Code::UNSUPPORTED, msg));
     match string(json, "mode", MODES)? {
-        None | Some("routed") => Ok(()),
-        Some(other) => {
-            let msg = format!("mode: {other:?} is not supported; allowed: {MODES}");
-            Err(CniError::new(Code::UNSUPPORTED, msg))
+        None | Some("routed") => Ok(Mode::Routed),
+        Some("bridge") => {
+            if number(json, "vlan", 0, 4094, "0 (none) to 4094")?.unwrap_or(0) > 0 {
+                let msg = format!("vlan: {} is not supported; allowed: 0", json["vlan"]);
+                return unsupported(msg);
+            }
+            const NAMES: &str = "the name of a bridge, 1 to 15 bytes";
+            let name = string(json, "bridge", NAMES)?.unwrap_or(DEFAULT_BRIDGE);
+            if !is_ifname(name) {
+                return Err(CniError::config("bridge", &json!(name), NAMES));
+            }
+            Ok(Mode::Bridge(BridgeOptions {
+                name: name.to_owned(),
+                is_gateway: is_default_gateway || boolean(json, "isGateway")?,
+                hairpin: boolean(json, "hairpinMode")?,
+            }))
         }
+        Some("tune") => Ok(Mode::Tune),
+        Some(other) => unsupported(format!(
+            "mode: {other:?} is not supported; allowed: {MODES}"
+        )),
     }
 }
 
+/// The pod's annotation goes before the config, which is for all.
 fn profile(json: &Map<String, Value>) -> Result<Profile> {
-    match string(json, "profile", PROFILES)? {
-        None | Some("latency") => Ok(Profile::Latency),
-        Some("throughput") => Ok(Profile::Throughput),
-        Some(other) => Err(CniError::config("profile", &json!(other), PROFILES)),
+    let annotations = match object(json, "runtimeConfig", "runtimeConfig")? {
+        Some(runtime) => object(runtime, ANNOTATIONS, ANNOTATIONS)?,
+        None => None,
+    };
+    let annotated = annotations.and_then(|all| all.get(ANNOTATED_PROFILE));
+    let (key, value) = match annotated.filter(|value| !is_empty(value)) {
+        Some(value) => (ANNOTATED_PROFILE, value),
+        None => ("profile", json.get("profile").unwrap_or(&Value::Null)),
+    };
+    match value {
+        Value::Null => Ok(Profile::Latency),
+        Value::String(text) if text == "latency" => Ok(Profile::Latency),
+        Value::String(text) if text == "throughput" => Ok(Profile::Throughput),
+        other => Err(CniError::config(key, other, PROFILES)),
     }
+}
+
+fn routes(json: &Map<String, Value>) -> Result<Vec<RouteConfig>> {
+    const ALLOWED: &str =
+        "a list of {\"dst\": \"10.0.0.0/8\", \"gw\": \"10.88.0.9\"}, gw may be left out";
+    ipam::routes(json).map_err(|_| {
+        CniError::config(
+            "routes",
+            json.get("routes").unwrap_or(&Value::Null),
+            ALLOWED,
+        )
+    })
+}
+
+fn sysctls(json: &Map<String, Value>, ifname: &str) -> Result<Vec<PodSysctl>> {
+    let Some(all) = object(json, "sysctl", "sysctl")? else {
+        return Ok(Vec::new());
+    };
+    all.iter()
+        .map(|(key, value)| PodSysctl::read(key, value, ifname))
+        .collect()
 }
 
 fn mac(json: &Map<String, Value>, call: &Call) -> Result<Option<MacAddr>> {
@@ -123,12 +219,17 @@ mod tests {
     #[test]
     fn without_a_key_it_has_its_documented_default() {
         let defaults = Options {
+            mode: Mode::Routed,
             mtu: None,
             ip_masq: false,
             mac: None,
             profile: Profile::Latency,
             tx_queue_len: 1000,
             is_default_gateway: false,
+            queues: 1,
+            routes: Vec::new(),
+            sysctls: Vec::new(),
+            required: false,
         };
         for config in [
             json!({}),
@@ -142,9 +243,59 @@ mod tests {
     fn malformed_values_are_refused_by_key_value_and_what_is_allowed() {
         for (more, code, parts) in [
             (
-                json!({ "mode": "bridge" }),
+                json!({ "mode": "ipvlan" }),
                 Code::UNSUPPORTED,
-                ["mode", "\"bridge\"", "\"routed\""],
+                ["mode", "\"ipvlan\"", "\"routed\""],
+            ),
+            (
+                json!({ "mode": "bridge", "vlan": 7 }),
+                Code::UNSUPPORTED,
+                ["vlan", "7", "0"],
+            ),
+            (
+                json!({ "mode": "bridge", "vlan": 4095 }),
+                Code::CONFIG,
+                ["vlan", "4095", "4094"],
+            ),
+            (
+                json!({ "mode": "bridge", "bridge": "a/b" }),
+                Code::CONFIG,
+                ["bridge", "a/b", "15 bytes"],
+            ),
+            (
+                json!({ "mode": "bridge", "hairpinMode": 1 }),
+                Code::CONFIG,
+                ["hairpinMode", "1", "true, false"],
+            ),
+            (
+                json!({ "numQueues": 0 }),
+                Code::CONFIG,
+                ["numQueues", "0", "1 to 64"],
+            ),
+            (
+                json!({ "routes": [{ "dst": "x" }] }),
+                Code::CONFIG,
+                ["routes", "\"x\"", "dst"],
+            ),
+            (
+                json!({ "sysctl": { "kernel.msgmax": "1" } }),
+                Code::CONFIG,
+                ["sysctl", "kernel.msgmax", "net."],
+            ),
+            (
+                json!({ "sysctl": { "net.ipv4/../../kernel/msgmax": "1" } }),
+                Code::CONFIG,
+                ["sysctl", "kernel/msgmax", "net."],
+            ),
+            (
+                json!({ "sysctl": { "net.ipv4.ip_forward": 1 } }),
+                Code::CONFIG,
+                ["sysctl", "net.ipv4.ip_forward", "string"],
+            ),
+            (
+                json!({ "runtimeConfig": { ANNOTATIONS: { ANNOTATED_PROFILE: "fast" } } }),
+                Code::CONFIG,
+                [ANNOTATED_PROFILE, "fast", "latency"],
             ),
             (
                 json!({ "mode": 1 }),
@@ -233,6 +384,37 @@ mod tests {
                 assert!(error.msg.contains(part), "{part} in {error}");
             }
         }
+    }
+
+    #[test]
+    fn the_keys_of_mode_bridge_have_documented_defaults() {
+        let mode = |more: Value| read(&more, "").expect("valid").mode;
+        let bridge = |name: &str, is_gateway, hairpin| {
+            Mode::Bridge(BridgeOptions {
+                name: name.into(),
+                is_gateway,
+                hairpin,
+            })
+        };
+        assert_eq!(
+            mode(json!({ "mode": "bridge", "vlan": 0 })),
+            bridge("kbp0", false, false)
+        );
+        let gateway = json!({ "mode": "bridge", "bridge": "br1", "isDefaultGateway": true, "hairpinMode": true });
+        assert_eq!(mode(gateway), bridge("br1", true, true));
+        assert_eq!(mode(json!({ "mode": "tune" })), Mode::Tune);
+    }
+
+    #[test]
+    fn an_annotation_of_the_pod_goes_before_the_config() {
+        let annotated = json!({
+            "profile": "latency",
+            "runtimeConfig": { ANNOTATIONS: { ANNOTATED_PROFILE: "throughput", "other": "x" } },
+        });
+        let profile = |json: &Value| read(json, "").expect("valid").profile;
+        assert_eq!(profile(&annotated), Profile::Throughput);
+        let other = json!({ "profile": "throughput", "runtimeConfig": { ANNOTATIONS: {} } });
+        assert_eq!(profile(&other), Profile::Throughput);
     }
 
     #[test]

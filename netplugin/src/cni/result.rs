@@ -2,14 +2,14 @@
 
 use std::path::Path;
 
+use ipnet::IpNet;
 use kbp_kernel::{MacAddr, Mtu};
 use serde_json::{Map, Value, json};
 
 use super::error::{CniError, Code, Result};
-use super::ipam::RouteConfig;
+use super::ipam::{LeasedIp, RouteConfig};
 use super::json::is_empty;
 use super::version::Version;
-use crate::routed::plan::PlannedIp;
 
 /// One end of the pair.
 #[derive(Debug)]
@@ -25,14 +25,14 @@ pub(crate) struct Interface<'a> {
 /// What an ADD has made.
 #[derive(Debug)]
 pub(crate) struct Attached<'a> {
-    /// The host end.
-    pub(crate) host: Interface<'a>,
+    /// What is on the host: a bridge in mode `bridge`, and the host end.
+    pub(crate) host: Vec<Interface<'a>>,
     /// The pod end.
     pub(crate) pod: Interface<'a>,
     /// Namespace of the pod end, as the runtime named it.
     pub(crate) sandbox: &'a Path,
     /// Addresses of the pod end.
-    pub(crate) ips: &'a [PlannedIp],
+    pub(crate) ips: &'a [LeasedIp],
     /// Routes in the pod.
     pub(crate) routes: &'a [RouteConfig],
     /// DNS settings, where there are any.
@@ -45,6 +45,9 @@ pub(crate) fn build(
     previous: Option<&Map<String, Value>>,
     attached: Attached<'_>,
 ) -> Result<Value> {
+    if version < Version::V0_3_0 {
+        return Ok(old_form(version, attached));
+    }
     let mut result = Map::new();
     result.insert("cniVersion".to_owned(), json!(version.as_str()));
     for (key, value) in previous
@@ -55,16 +58,41 @@ pub(crate) fn build(
         result.insert(key.clone(), value.clone());
     }
     let interfaces = list(&mut result, "interfaces")?;
-    interfaces.push(interface(version, &attached.host, None));
+    interfaces.extend(attached.host.iter().map(|it| interface(version, it, None)));
     let pod = interfaces.len();
     interfaces.push(interface(version, &attached.pod, Some(attached.sandbox)));
-    list(&mut result, "ips")?.extend(attached.ips.iter().map(|ip| planned_ip(version, ip, pod)));
+    list(&mut result, "ips")?.extend(attached.ips.iter().map(|ip| leased_ip(version, ip, pod)));
     list(&mut result, "routes")?.extend(attached.routes.iter().map(|r| route(version, r)));
     if !attached.dns.is_empty() {
         result.insert("dns".to_owned(), Value::Object(attached.dns));
     }
     result.retain(|_, value| !is_empty(value));
     Ok(Value::Object(result))
+}
+
+/// Before 0.3.0: one address of each family, with its routes, and nothing of interfaces.
+fn old_form(version: Version, attached: Attached<'_>) -> Value {
+    let mut result = Map::new();
+    result.insert("cniVersion".to_owned(), json!(version.as_str()));
+    for (key, v6) in [("ip4", false), ("ip6", true)] {
+        let of_family = |net: &IpNet| net.addr().is_ipv6() == v6;
+        let Some(ip) = attached.ips.iter().find(|ip| of_family(&ip.address)) else {
+            continue;
+        };
+        let mut entry = json!({ "ip": ip.address.to_string() });
+        if let Some(gateway) = ip.gateway {
+            entry["gateway"] = json!(gateway.to_string());
+        }
+        let routes = attached.routes.iter().filter(|it| of_family(&it.dst));
+        let routes: Vec<_> = routes.map(|it| route(version, it)).collect();
+        if !routes.is_empty() {
+            entry["routes"] = json!(routes);
+        }
+        result.insert(key.to_owned(), entry);
+    }
+    result.insert("dns".to_owned(), Value::Object(attached.dns));
+    result.retain(|_, value| !is_empty(value));
+    Value::Object(result)
 }
 
 fn list<'a>(result: &'a mut Map<String, Value>, key: &str) -> Result<&'a mut Vec<Value>> {
@@ -92,15 +120,21 @@ fn interface(version: Version, end: &Interface<'_>, sandbox: Option<&Path>) -> V
     json
 }
 
-fn planned_ip(version: Version, ip: &PlannedIp, interface: usize) -> Value {
+fn leased_ip(version: Version, ip: &LeasedIp, interface: usize) -> Value {
     let mut json = Map::new();
     if version < Version::V1_0_0 {
-        let family = if ip.gateway.is_ipv6() { "6" } else { "4" };
+        let family = if ip.address.addr().is_ipv6() {
+            "6"
+        } else {
+            "4"
+        };
         json.insert("version".to_owned(), json!(family));
     }
     json.insert("interface".to_owned(), json!(interface));
     json.insert("address".to_owned(), json!(ip.address.to_string()));
-    json.insert("gateway".to_owned(), json!(ip.gateway.to_string()));
+    if let Some(gateway) = ip.gateway {
+        json.insert("gateway".to_owned(), json!(gateway.to_string()));
+    }
     Value::Object(json)
 }
 
@@ -135,15 +169,15 @@ mod tests {
     fn result(version: Version, previous: Option<Value>) -> Value {
         let ips =
             [("10.88.0.5/16", "10.88.0.1"), ("fd00::5/64", "fd00::1")].map(|(address, gateway)| {
-                PlannedIp {
+                LeasedIp {
                     address: address.parse().expect("address"),
-                    gateway: gateway.parse().expect("address"),
+                    gateway: gateway.parse().ok(),
                 }
             });
         let everything = "0.0.0.0/0".parse().expect("range");
         let routes = [RouteConfig {
             mtu: Some(1400),
-            ..RouteConfig::new(everything, Some(ips[0].gateway))
+            ..RouteConfig::new(everything, ips[0].gateway)
         }];
         let end = |name, last| Interface {
             name,
@@ -151,7 +185,7 @@ mod tests {
             mtu: Mtu(65535),
         };
         let attached = Attached {
-            host: end("kbp0", 1),
+            host: vec![end("kbp0", 1)],
             pod: end("eth0", 2),
             sandbox: Path::new("/run/netns/x"),
             ips: &ips,
@@ -164,7 +198,10 @@ mod tests {
 
     #[test]
     fn each_version_has_its_own_keys() {
-        for version in Version::ALL {
+        for version in Version::ALL
+            .into_iter()
+            .filter(|version| *version >= Version::V0_3_0)
+        {
             let new = version >= Version::V1_1_0;
             let ip = |family: &str, address: &str, gateway: &str| {
                 let mut ip = json!({ "interface": 1, "address": address, "gateway": gateway });
@@ -187,6 +224,21 @@ mod tests {
                 expected["interfaces"][1]["mtu"] = json!(65535);
                 expected["routes"][0]["mtu"] = json!(1400);
             }
+            assert_eq!(result(version, None), expected);
+        }
+    }
+
+    #[test]
+    fn before_0_3_0_there_is_one_address_a_family_with_its_routes() {
+        for version in [Version::V0_1_0, Version::V0_2_0] {
+            let expected = json!({
+                "cniVersion": version.as_str(),
+                "ip4": {
+                    "ip": "10.88.0.5/16", "gateway": "10.88.0.1",
+                    "routes": [{ "dst": "0.0.0.0/0", "gw": "10.88.0.1" }],
+                },
+                "ip6": { "ip": "fd00::5/64", "gateway": "fd00::1" },
+            });
             assert_eq!(result(version, None), expected);
         }
     }

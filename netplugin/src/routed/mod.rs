@@ -12,13 +12,5 @@
 //! segmentation offload, which would bypass the NAPI instances, is still fast between pods; the routes that
 //! leave the node carry the uplink's MTU.
 
-pub(crate) mod masquerade;
 pub(crate) mod plan;
-pub(crate) mod uplink;
-pub(crate) mod verify;
 pub(crate) mod wire;
-
-use kbp_kernel::Mtu;
-
-/// MTU of both ends: the largest that the kernel lets a veth have (ETH_MAX_MTU).
-pub(crate) const DEVICE_MTU: Mtu = Mtu(65535);

@@ -6,16 +6,16 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use kbp_kernel::Mtu;
 use serde_json::json;
 
-use super::DEVICE_MTU;
-use super::uplink::UplinkMtu;
 use crate::cni::error::{CniError, Code, Result};
 use crate::cni::ipam::{Lease, LeasedIp, RouteConfig};
+use crate::uplink::UplinkMtu;
+use crate::wire::DEVICE_MTU;
 
 /// Gateways when IPAM names none: nobody else has a use for them on a link of two.
 const FALLBACK_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(169, 254, 1, 1));
 const FALLBACK_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1));
 /// Smallest MTU of IPv6 (RFC 8200 section 5).
-const MIN_MTU_V6: Mtu = Mtu(1280);
+pub(crate) const MIN_MTU_V6: Mtu = Mtu(1280);
 
 /// What one attachment consists of.
 #[derive(Debug, Clone, PartialEq)]
@@ -50,6 +50,15 @@ impl Plan {
     /// The addresses of the host end, each once.
     pub(crate) fn gateways(&self) -> Vec<IpAddr> {
         unique(self.ips.iter().map(|ip| ip.gateway))
+    }
+
+    /// The addresses as results spell them.
+    pub(crate) fn leased(&self) -> Vec<LeasedIp> {
+        let leased = |ip: &PlannedIp| LeasedIp {
+            address: ip.address,
+            gateway: Some(ip.gateway),
+        };
+        self.ips.iter().map(leased).collect()
     }
 
     /// The pod's addresses without prefix lengths.
@@ -100,8 +109,8 @@ pub(crate) fn plan_ips(ips: &[LeasedIp]) -> Result<Vec<PlannedIp>> {
 }
 
 /// The node's own pod ranges: those of the addresses, and those that the config names.
-pub(crate) fn ranges(ips: &[PlannedIp], configured: &[IpNet]) -> Vec<IpNet> {
-    let own = ips.iter().map(|ip| ip.address.trunc());
+pub(crate) fn ranges(addresses: impl Iterator<Item = IpNet>, configured: &[IpNet]) -> Vec<IpNet> {
+    let own = addresses.map(|address| address.trunc());
     // A range of everything would be a default route, one of a single address holds no other pod.
     unique(own.chain(configured.iter().copied()))
         .into_iter()
@@ -127,7 +136,7 @@ pub(crate) fn plan(
         );
         return Err(CniError::config("mtu", &json!(mtu.0), &allowed));
     }
-    let ranges = ranges(&ips, configured);
+    let ranges = ranges(ips.iter().map(|ip| ip.address), configured);
     let gateway = |dst: IpNet| {
         let family = || ips.iter().filter(move |ip| is_v6(ip.address) == is_v6(dst));
         let near = family().find(|ip| dst.contains(&ip.address.addr()));
@@ -196,7 +205,8 @@ pub(crate) fn plan(
     })
 }
 
-fn is_v6(net: IpNet) -> bool {
+/// Whether a range is of IPv6.
+pub(crate) fn is_v6(net: IpNet) -> bool {
     matches!(net, IpNet::V6(_))
 }
 
@@ -209,7 +219,8 @@ pub(crate) fn is_main(route: &RouteConfig) -> bool {
     route.table.is_none_or(|table| table == 254)
 }
 
-fn unique<T: PartialEq>(items: impl Iterator<Item = T>) -> Vec<T> {
+/// Each once, in order.
+pub(crate) fn unique<T: PartialEq>(items: impl Iterator<Item = T>) -> Vec<T> {
     items.fold(Vec::new(), |mut list, item| {
         if !list.contains(&item) {
             list.push(item);

@@ -1,24 +1,27 @@
 //! ADD: lease addresses, make the pair, say what was made. A failed ADD leaves the node as it was.
 
+use std::net::IpAddr;
 use std::path::Path;
 
-use kbp_kernel::IfIndex;
+use ipnet::IpNet;
+use kbp_kernel::{IfIndex, Mtu};
 use serde_json::Value;
 
 use super::open_pod;
 use crate::attachment::Attachment;
+use crate::bridge::plan::Role;
+use crate::bridge::wire::Base;
 use crate::cni::config::Config;
 use crate::cni::delegate::Ipam;
 use crate::cni::env::Call;
 use crate::cni::error::{CniError, Code, Result};
-use crate::cni::ipam::Lease;
-use crate::cni::options::Options;
+use crate::cni::ipam::{Lease, LeasedIp, RouteConfig};
+use crate::cni::options::{BridgeOptions, Mode, Options};
 use crate::cni::result::{self, Attached, Interface};
-use crate::routed::plan::{Plan, plan};
-use crate::routed::uplink::UplinkMtu;
-use crate::routed::wire::{self, End, Pair, Side};
-use crate::routed::{DEVICE_MTU, masquerade};
-use crate::sysctl;
+use crate::sysctl::{self, PodSysctl};
+use crate::uplink::UplinkMtu;
+use crate::wire::{self, DEVICE_MTU, End, Pair, Side};
+use crate::{bridge, masquerade, routed, tune};
 
 /// Attaches the container and hands the result to `deliver`, without which nobody would know of the attachment.
 pub(crate) fn add(
@@ -30,6 +33,10 @@ pub(crate) fn add(
     let options = Options::read(&config.json, call)?;
     config.prev_result()?;
     config.dns()?;
+    if options.mode == Mode::Tune {
+        let result = tune::add(call, config, &options)?;
+        return deliver(&result).map_err(|error| tune::undo(call, error));
+    }
     let ipam = Ipam::find(config, call)?;
     let attachment = Attachment::new(&config.name, &call.container_id, &call.ifname);
     let mut host = Side::host()?;
@@ -56,6 +63,8 @@ struct Made {
     lease: bool,
     host_end: Option<IfIndex>,
     masquerade: bool,
+    bridge: Option<Base>,
+    sysctls: Vec<PodSysctl>,
 }
 
 #[derive(Debug)]
@@ -72,55 +81,139 @@ struct Add<'a> {
 impl Add<'_> {
     fn run(&mut self, sandbox: &Path) -> Result<Value> {
         let lease = self.lease()?;
-        let plan = self.plan(&lease)?;
-        let pair = wire::create(
-            &mut self.host,
-            &mut self.pod,
-            &self.attachment,
-            &self.options,
-        )?;
-        self.made.host_end = Some(pair.host.index);
-        wire::configure(&mut self.host, &mut self.pod, &pair, &self.options, &plan)?;
-        if self.options.ip_masq {
-            self.made.masquerade = true;
-            masquerade::add(&self.host.netns, &self.attachment, &plan)?;
+        match self.options.mode.clone() {
+            Mode::Bridge(bridge) => self.bridge(&lease, &bridge, sandbox),
+            Mode::Routed | Mode::Tune => self.routed(&lease, sandbox),
         }
-        let result = self.result(&lease, &plan, &pair, sandbox)?;
-        wire::await_addresses(&mut self.host, &mut self.pod, &plan)?;
-        // Last: it is the only thing that is not undone, for others may have come to need it.
-        sysctl::enable_forwarding(plan.has_v4(), plan.has_v6())?;
-        Ok(result)
     }
 
-    fn lease(&mut self) -> Result<Lease> {
-        let lease = self.ipam.add();
-        // A plugin that reported its own error has undone what it did, and what is leased under this id may
-        // belong to an attachment that lives. One that broke or was killed may have leased already.
-        self.made.lease = match &lease {
-            Ok(_) => true,
-            Err(error) => matches!(error.code, Code::TRY_AGAIN | Code::DECODE | Code::IPAM),
-        };
-        lease
-    }
-
-    fn plan(&mut self, lease: &Lease) -> Result<Plan> {
+    fn routed(&mut self, lease: &Lease, sandbox: &Path) -> Result<Value> {
         let uplink = UplinkMtu::find(&mut self.host.route)?;
-        plan(
+        let plan = routed::plan::plan(
             lease,
             &self.config.ipam_ranges(),
             self.options.is_default_gateway,
             self.options.mtu,
             uplink,
-        )
+        )?;
+        let pair = self.pair(DEVICE_MTU, None)?;
+        routed::wire::configure(&mut self.host, &mut self.pod, &pair, &self.options, &plan)?;
+        self.masquerade(&plan.addresses(), &plan.ranges)?;
+        self.sysctls()?;
+        let host = vec![interface(&pair.host)];
+        let result = self.result(lease, host, &pair, &plan.leased(), &plan.routes, sandbox)?;
+        self.make_ready(plan.gateways(), plan.addresses())?;
+        // Last: it is the only thing that is not undone, for others may have come to need it.
+        sysctl::enable_forwarding(plan.has_v4(), plan.has_v6())?;
+        Ok(result)
     }
 
-    fn result(&self, lease: &Lease, plan: &Plan, pair: &Pair, sandbox: &Path) -> Result<Value> {
+    fn bridge(&mut self, lease: &Lease, bridge: &BridgeOptions, sandbox: &Path) -> Result<Value> {
+        let uplink = UplinkMtu::find(&mut self.host.route)?;
+        // Where packets that leave pass the node, their routes can be narrower than the ports.
+        let default = if bridge.is_gateway {
+            DEVICE_MTU
+        } else {
+            uplink.v4.min(uplink.v6)
+        };
+        let base = bridge::wire::ensure(&mut self.host, bridge, self.options.mtu, default)?;
+        let (index, mtu) = (base.index, base.mtu);
+        let on_bridge = Interface {
+            name: &bridge.name,
+            mac: base.mac,
+            mtu,
+        };
+        self.made.bridge = Some(base);
+        let role = Role {
+            gateway: bridge.is_gateway,
+            default_gateway: self.options.is_default_gateway,
+        };
+        let plan = bridge::plan::plan(lease, &self.config.ipam_ranges(), role, mtu, uplink)?;
+        let pair = self.pair(mtu, Some(index))?;
+        if let Some(base) = &mut self.made.bridge {
+            bridge::wire::configure(
+                &mut self.host,
+                &mut self.pod,
+                &pair,
+                base,
+                &self.options,
+                &plan,
+            )?;
+        }
+        self.masquerade(&plan.addresses(), &plan.ranges)?;
+        self.sysctls()?;
+        let host = vec![on_bridge, interface(&pair.host)];
+        let result = self.result(lease, host, &pair, &plan.ips, &plan.routes, sandbox)?;
+        let gateways = plan.gateways.iter().map(IpNet::addr).collect();
+        self.make_ready(gateways, plan.addresses())?;
+        if bridge.is_gateway {
+            sysctl::enable_forwarding(plan.has(false), plan.has(true))?;
+        }
+        Ok(result)
+    }
+
+    fn pair(&mut self, mtu: Mtu, bridge: Option<IfIndex>) -> Result<Pair> {
+        let pair = wire::create(
+            &mut self.host,
+            &mut self.pod,
+            &self.attachment,
+            &self.options,
+            mtu,
+            bridge,
+        )?;
+        self.made.host_end = Some(pair.host.index);
+        Ok(pair)
+    }
+
+    fn masquerade(&mut self, addresses: &[IpAddr], ranges: &[IpNet]) -> Result<()> {
+        if self.options.ip_masq {
+            self.made.masquerade = true;
+            masquerade::add(&self.host.netns, &self.attachment, addresses, ranges)?;
+        }
+        Ok(())
+    }
+
+    fn sysctls(&mut self) -> Result<()> {
+        for sysctl in &self.options.sysctls {
+            let before = self.pod.netns.run(|| sysctl.set())??;
+            self.made.sysctls.push(before);
+        }
+        Ok(())
+    }
+
+    fn make_ready(&mut self, host: Vec<IpAddr>, pod: Vec<IpAddr>) -> Result<()> {
+        wire::await_addresses((&mut self.host, host), (&mut self.pod, pod))
+    }
+
+    fn lease(&mut self) -> Result<Lease> {
+        let mut lease = self.ipam.add();
+        // A plugin that reported its own error has undone what it did, and what is leased under this id may
+        // belong to an attachment that lives. One that broke or was killed may have leased already.
+        self.made.lease = match &mut lease {
+            Ok(lease) => {
+                lease.routes.extend(self.options.routes.iter().cloned());
+                true
+            }
+            Err(error) => matches!(error.code, Code::TRY_AGAIN | Code::DECODE | Code::IPAM),
+        };
+        lease
+    }
+
+    fn result(
+        &self,
+        lease: &Lease,
+        host: Vec<Interface<'_>>,
+        pair: &Pair,
+        ips: &[LeasedIp],
+        routes: &[RouteConfig],
+        sandbox: &Path,
+    ) -> Result<Value> {
         let attached = Attached {
-            host: interface(&pair.host),
+            host,
             pod: interface(&pair.pod),
             sandbox,
-            ips: &plan.ips,
-            routes: &plan.routes,
+            ips,
+            routes,
             dns: self.config.dns()?.unwrap_or_else(|| lease.dns.clone()),
         };
         result::build(self.config.version, self.config.prev_result()?, attached)
@@ -129,6 +222,10 @@ impl Add<'_> {
     /// Takes back what was made, in the opposite order, all of it even when a part fails.
     fn undo(&mut self, error: CniError) -> CniError {
         let mut failed = Vec::new();
+        for before in std::mem::take(&mut self.made.sysctls).iter().rev() {
+            let restored = self.pod.netns.run(|| before.set());
+            failed.extend(restored.map_err(CniError::from).and_then(|set| set).err());
+        }
         if self.made.masquerade {
             let owner = self.attachment.masquerade_owner();
             failed.extend(
@@ -139,6 +236,9 @@ impl Add<'_> {
         }
         if let Some(host_end) = self.made.host_end {
             failed.extend(wire::delete(&mut self.host, host_end).err());
+        }
+        if let Some(base) = self.made.bridge.take() {
+            failed.extend(bridge::wire::release(&mut self.host, &base).err());
         }
         if self.made.lease {
             failed.extend(self.ipam.del().err());
@@ -154,6 +254,6 @@ fn interface(end: &End) -> Interface<'_> {
     Interface {
         name: &end.name,
         mac: end.mac,
-        mtu: DEVICE_MTU,
+        mtu: end.mtu,
     }
 }

@@ -10,16 +10,14 @@ use crate::cni::delegate::Ipam;
 use crate::cni::env::Call;
 use crate::cni::error::{CniError, Code, Result};
 use crate::cni::ipam;
-use crate::cni::options::Options;
-use crate::routed::plan::plan_ips;
-use crate::routed::verify::{self, Expected};
-use crate::routed::wire::Side;
-use crate::routed::{DEVICE_MTU, masquerade};
+use crate::cni::options::{Mode, Options};
+use crate::verify::{self, Expected};
+use crate::wire::{DEVICE_MTU, Side};
+use crate::{masquerade, tune};
 
 /// Compares the attachment with prevResult, and has IPAM check the lease.
 pub(crate) fn check(call: &Call, config: &Config) -> Result<()> {
     let options = Options::read(&config.json, call)?;
-    let ipam = Ipam::find(config, call)?;
     let previous = config.prev_result()?.ok_or_else(|| {
         CniError::new(
             Code::CONFIG,
@@ -27,27 +25,45 @@ pub(crate) fn check(call: &Call, config: &Config) -> Result<()> {
         )
     })?;
     let attachment = Attachment::new(&config.name, &call.container_id, &call.ifname);
-    let expected = expected(previous, &attachment)?;
     let mut host = Side::host()?;
     let (mut pod, _) = open_pod(call, &host)?;
+    if options.mode == Mode::Tune {
+        return judge(
+            &attachment,
+            tune::differences(&mut host, &pod, &attachment, &options)?,
+        );
+    }
+    let ipam = Ipam::find(config, call)?;
+    let expected = expected(previous, &attachment, &options.mode)?;
 
-    let mut found =
-        verify::differences(&mut host, &mut pod, &attachment, options.profile, &expected)?;
+    let mut found = verify::differences(&mut host, &mut pod, &attachment, &options, &expected)?;
+    for sysctl in &options.sysctls {
+        found.extend(pod.netns.run(|| sysctl.difference())??);
+    }
     if options.ip_masq {
         let addresses: Vec<_> = expected.ips.iter().map(|ip| ip.address.addr()).collect();
         for address in masquerade::missing(&host.netns, &attachment, &addresses)? {
             found.push(format!("{address} is not masqueraded"));
         }
     }
-    if !found.is_empty() {
-        let msg = format!("{attachment} is not as ADD left it: {}", found.join("; "));
-        return Err(CniError::new(Code::CHANGED, msg));
-    }
+    judge(&attachment, found)?;
     ipam.check()
 }
 
+fn judge(attachment: &Attachment, found: Vec<String>) -> Result<()> {
+    if found.is_empty() {
+        return Ok(());
+    }
+    let msg = format!("{attachment} is not as ADD left it: {}", found.join("; "));
+    Err(CniError::new(Code::CHANGED, msg))
+}
+
 /// What a result says about our interface; other plugins of the chain may have added theirs.
-fn expected(previous: &Map<String, Value>, attachment: &Attachment) -> Result<Expected> {
+fn expected(
+    previous: &Map<String, Value>,
+    attachment: &Attachment,
+    mode: &Mode,
+) -> Result<Expected> {
     let interfaces = ipam::list(previous, "interfaces")?;
     let text = |interface: &Value, key: &str| {
         interface
@@ -99,9 +115,12 @@ fn expected(previous: &Map<String, Value>, attachment: &Attachment) -> Result<Ex
     // end should have is not, for a later plugin may have changed it.
     let (host_mac, host_mtu) = describe(find(&host_end, false))?;
     Ok(Expected {
-        host: (host_mac, host_mtu.or(Some(DEVICE_MTU.0))),
+        host: (
+            host_mac,
+            host_mtu.or((*mode == Mode::Routed).then_some(DEVICE_MTU.0)),
+        ),
         pod: describe(pod)?,
-        ips: plan_ips(&ips)?,
+        ips,
         routes: ipam::routes(previous)?,
     })
 }

@@ -6,8 +6,8 @@ use crate::cni::config::Config;
 use crate::cni::delegate::Ipam;
 use crate::cni::env::Call;
 use crate::cni::error::{CniError, Result};
-use crate::routed::masquerade;
-use crate::routed::wire::{self, Side};
+use crate::wire::{self, Side};
+use crate::{masquerade, tune};
 
 /// Detaches the container. A failed part does not keep the others from being removed.
 pub(crate) fn del(call: &Call, config: &Config) -> Result<()> {
@@ -22,6 +22,11 @@ pub(crate) fn del(call: &Call, config: &Config) -> Result<()> {
             .err()
             .map(CniError::from),
     );
-    failed.extend(Ipam::find(config, call).and_then(|ipam| ipam.del()).err());
+    if config.is_tune() {
+        failed.extend(tune::restore(call, &mut host).err());
+    }
+    if config.wants_ipam() {
+        failed.extend(Ipam::find(config, call).and_then(|ipam| ipam.del()).err());
+    }
     CniError::join(failed).map_or(Ok(()), Err)
 }

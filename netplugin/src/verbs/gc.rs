@@ -9,8 +9,8 @@ use crate::cni::config::Config;
 use crate::cni::delegate::Ipam;
 use crate::cni::env::Call;
 use crate::cni::error::{CniError, Result};
-use crate::routed::masquerade;
-use crate::routed::wire::{self, Side};
+use crate::masquerade;
+use crate::wire::{self, Side};
 
 /// Removes every host end and every masqueraded address of this network whose attachment is not in
 /// `cni.dev/valid-attachments`, and has IPAM do the same. Without that key there is nothing to go by.
@@ -41,9 +41,11 @@ pub(crate) fn gc(call: &Call, config: &Config) -> Result<()> {
             .err()
             .map(CniError::from),
     );
-    match Ipam::find(config, call) {
-        Ok(ipam) => failed.extend(ipam.gc(&stale)),
-        Err(error) => failed.push(error),
+    if config.wants_ipam() {
+        match Ipam::find(config, call) {
+            Ok(ipam) => failed.extend(ipam.gc(&stale)),
+            Err(error) => failed.push(error),
+        }
     }
     CniError::join(failed).map_or(Ok(()), Err)
 }

@@ -12,10 +12,10 @@ use kbp_kernel::netns::Netns;
 
 use crate::cni::env::Call;
 use crate::cni::error::{CniError, Code, Result};
-use crate::routed::wire::Side;
+use crate::wire::Side;
 
 /// The pod's namespace, which must be there and not our own.
-fn open_pod<'a>(call: &'a Call, host: &Side) -> Result<(Side, &'a Path)> {
+pub(crate) fn open_pod<'a>(call: &'a Call, host: &Side) -> Result<(Side, &'a Path)> {
     let path = call.netns.as_deref().unwrap_or(Path::new(""));
     let netns = Netns::open(path).map_err(|error| match error.errno() {
         Some(nix::libc::ENOENT | nix::libc::ESRCH) => CniError::new(

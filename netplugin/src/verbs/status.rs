@@ -19,6 +19,9 @@ pub(crate) fn status(call: &Call, config: &Config) -> Result<()> {
     RouteSocket::open()
         .and_then(|mut socket| socket.link_by_name("lo"))
         .map_err(|error| unavailable(error.into()))?;
+    if !config.wants_ipam() {
+        return Ok(());
+    }
     let ipam = Ipam::find(config, call).map_err(|error| match error.code {
         Code::CONFIG => error,
         _ => unavailable(error),

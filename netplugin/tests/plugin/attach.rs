@@ -8,13 +8,13 @@ use serde_json::{Value, json};
 
 use crate::traffic::{ip, path_mtu, tcp_transfer, udp_echo};
 use crate::world::{
-    HOST_V4, OUTSIDE_V4, OUTSIDE_V6, Pod, VERSIONS, World, command, environment, run, set_sysctl,
-    sysctl,
+    HOST_V4, LISTING_VERSIONS, OUTSIDE_V4, OUTSIDE_V6, Pod, World, command, environment, run,
+    set_sysctl, sysctl,
 };
 
 #[test]
 fn the_result_has_the_shape_of_the_configs_version() {
-    for version in VERSIONS {
+    for version in LISTING_VERSIONS {
         let world = World::new();
         let pod = Pod::new("pod-a");
         let config = world.config(version, json!({ "dns": { "nameservers": ["10.77.0.1"] } }));

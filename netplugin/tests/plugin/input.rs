@@ -132,14 +132,12 @@ fn a_wrong_config_is_refused() {
     let before = (world.dump(), pod.dump());
     for (more, code, parts) in [
         (
-            json!({ "cniVersion": null }),
+            json!({ "cniVersion": "0.5.0" }),
             1,
-            ["\"0.1.0\"", "0.3.1, 0.4.0, 1.0.0, 1.1.0"],
-        ),
-        (
-            json!({ "cniVersion": "0.2.0" }),
-            1,
-            ["\"0.2.0\"", "0.3.1, 0.4.0, 1.0.0, 1.1.0"],
+            [
+                "\"0.5.0\"",
+                "0.1.0, 0.2.0, 0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0",
+            ],
         ),
         (
             json!({ "cniVersion": "2.0.0" }),
@@ -155,19 +153,40 @@ fn a_wrong_config_is_refused() {
             ["name", "at most 111 bytes"],
         ),
         (
-            json!({ "mode": "bridge" }),
+            json!({ "mode": "ipvlan" }),
             2,
-            ["mode: \"bridge\"", "allowed: \"routed\""],
-        ),
-        (
-            json!({ "mode": "tune" }),
-            2,
-            ["mode: \"tune\"", "allowed: \"routed\""],
+            ["mode: \"ipvlan\"", "\"routed\", \"bridge\", \"tune\""],
         ),
         (
             json!({ "mode": ["routed"] }),
             7,
-            ["mode: [\"routed\"]", "allowed: \"routed\""],
+            ["mode: [\"routed\"]", "\"routed\", \"bridge\", \"tune\""],
+        ),
+        (
+            json!({ "mode": "bridge", "vlan": 5 }),
+            2,
+            ["vlan: 5", "allowed: 0"],
+        ),
+        (
+            json!({ "mode": "bridge", "bridge": "a/b" }),
+            7,
+            ["bridge: \"a/b\"", "1 to 15 bytes"],
+        ),
+        (
+            json!({ "mode": "tune", "ipam": null }),
+            7,
+            ["prevResult is missing", "\"tune\""],
+        ),
+        (
+            json!({ "sysctl": { "kernel.shmmax": "1" } }),
+            7,
+            ["sysctl.kernel.shmmax", "net.*"],
+        ),
+        (json!({ "numQueues": 65 }), 7, ["numQueues: 65", "1 to 64"]),
+        (
+            json!({ "routes": [{ "gw": "10.77.0.1" }] }),
+            7,
+            ["routes: [", "dst"],
         ),
         (json!({ "mtu": 65536 }), 7, ["mtu: 65536", "68 to 65535"]),
         (json!({ "mtu": 67 }), 7, ["mtu: 67", "68 to 65535"]),

@@ -1,105 +1,16 @@
-//! ADD, CHECK, traffic, DEL, DEL again: the whole life of attachments, in every version.
+//! Parts of the lives of attachments in mode `routed`; the whole ones are in `matrix`.
 
 use kbp_kernel::ethtool::{self, Features};
 use serde_json::{Value, json};
 
-use crate::traffic::{ip, path_mtu, tcp_transfer, udp_echo};
-use crate::world::{
-    HOST_V4, HOST_V6, OUTSIDE_V4, OUTSIDE_V6, Pod, UPLINK_MTU, VERSIONS, World, command,
-};
+use crate::traffic::{ip, path_mtu, udp_echo};
+use crate::world::{OUTSIDE_V4, OUTSIDE_V6, Pod, World, address, command};
 
 /// A config as the runtime gives it for later calls.
 pub(crate) fn with_result(config: &Value, result: &Value) -> Value {
     let mut config = config.clone();
     config["prevResult"] = result.clone();
     config
-}
-
-fn address(result: &Value, n: usize) -> String {
-    let text = result["ips"][n]["address"].as_str().expect("an address");
-    text.split('/').next().expect("an address").to_owned()
-}
-
-#[test]
-fn an_attachment_lives_and_dies_in_every_version() {
-    for version in VERSIONS {
-        let world = World::new();
-        let before = world.dump();
-        let (a, b) = (Pod::new("pod-a"), Pod::new("pod-b"));
-        let (empty_a, empty_b) = (a.dump(), b.dump());
-        let config = world.config(version, json!({}));
-        let result_a = world.add(&a, &config);
-        let result_b = world.add(&b, &config);
-        let check = |pod: &Pod, result: &Value| {
-            if version != "0.3.1" {
-                world.quiet("CHECK", pod, &with_result(&config, result));
-            }
-        };
-        check(&a, &result_a);
-        check(&b, &result_b);
-
-        for (family, host, gateway, outside) in [
-            (0, HOST_V4, "10.77.0.1", OUTSIDE_V4),
-            (1, HOST_V6, "fd77::1", OUTSIDE_V6),
-        ] {
-            let (ip_a, ip_b) = (
-                ip(&address(&result_a, family)),
-                ip(&address(&result_b, family)),
-            );
-            let (host, gateway, outside) = (ip(host), ip(gateway), ip(outside));
-            // One byte, an uplink's worth of bytes, jumbo.
-            for size in [1, UPLINK_MTU as usize - 48, 9000, 60_000] {
-                assert_eq!(udp_echo(&a.netns, &b.netns, ip_b, size), ip_a);
-                assert_eq!(udp_echo(&a.netns, &world.host, gateway, size), ip_a);
-                assert_eq!(udp_echo(&a.netns, &world.host, host, size), ip_a);
-                assert_eq!(udp_echo(&world.host, &a.netns, ip_a, size), gateway);
-                assert_eq!(
-                    udp_echo(&a.netns, &world.outside, outside, size),
-                    host,
-                    "not masqueraded"
-                );
-            }
-            for size in [100, 300_000] {
-                assert_eq!(tcp_transfer(&a.netns, &b.netns, ip_b, size), ip_a);
-                assert_eq!(tcp_transfer(&b.netns, &world.host, gateway, size), ip_b);
-                assert_eq!(tcp_transfer(&world.host, &b.netns, ip_b, size), gateway);
-                assert_eq!(
-                    tcp_transfer(&b.netns, &world.outside, outside, size),
-                    host,
-                    "not masqueraded"
-                );
-            }
-        }
-        check(&a, &result_a);
-
-        let last = with_result(&config, &result_a);
-        world.quiet("DEL", &a, &last);
-        assert_eq!(a.dump(), empty_a);
-        world.quiet("DEL", &a, &last);
-        // The other one is still whole.
-        check(&b, &result_b);
-        assert_eq!(
-            udp_echo(&b.netns, &world.outside, ip(OUTSIDE_V4), 9000),
-            ip(HOST_V4)
-        );
-        // Without prevResult, and as it is when the namespace went first.
-        let mut gone = crate::world::environment("DEL", &b.id, "", &world.cni_path());
-        gone.remove("CNI_NETNS");
-        for _ in 0..2 {
-            let answer = world.call_with(&gone, &config.to_string());
-            assert!(answer.ok && answer.stdout.is_empty(), "{answer:?}");
-        }
-        assert_eq!(b.dump(), empty_b);
-        let forwarding = |text: &str, on: &str| {
-            text.replace("ip_forward 0", on)
-                .replace("forwarding 0", "forwarding 1")
-        };
-        assert_eq!(
-            world.dump(),
-            forwarding(&before, "ip_forward 1"),
-            "version {version}"
-        );
-    }
 }
 
 #[test]
@@ -361,8 +272,8 @@ fn only_what_leaves_the_node_is_cut_to_the_uplinks_mtu() {
     let mtu = |address: &str| path_mtu(&a.netns, ip(address));
     assert_eq!(mtu(OUTSIDE_V4), 1400);
     assert_eq!(mtu("10.77.0.1"), 65535);
-    assert_eq!(mtu(&address(&other, 0)), 65535);
-    assert_eq!(path_mtu(&world.host, ip(&address(&other, 0))), 65535);
+    assert_eq!(mtu(&address(&other, 0).to_string()), 65535);
+    assert_eq!(path_mtu(&world.host, address(&other, 0)), 65535);
     // Over IPv6 by counting: how many packets is one large datagram?
     let host_end = result["interfaces"][0]["name"].as_str().expect("a name");
     let received = || {
@@ -373,16 +284,16 @@ fn only_what_leaves_the_node_is_cut_to_the_uplinks_mtu() {
             .expect("host end")
             .rx_packets
     };
-    let packets = |netns, address: &str| {
+    let packets = |netns, address| {
         let before = received();
-        udp_echo(&a.netns, netns, ip(address), 60_000);
+        udp_echo(&a.netns, netns, address, 60_000);
         received() - before
     };
     for (far, near) in [
-        (OUTSIDE_V4, address(&other, 0)),
-        (OUTSIDE_V6, address(&other, 1)),
+        (ip(OUTSIDE_V4), address(&other, 0)),
+        (ip(OUTSIDE_V6), address(&other, 1)),
     ] {
-        let (to_far, to_near) = (packets(&world.outside, far), packets(&b.netns, &near));
+        let (to_far, to_near) = (packets(&world.outside, far), packets(&b.netns, near));
         // The kernel's own chatter (MLD, duplicate detection of link-local addresses) may be among them.
         assert!(
             (43..60).contains(&to_far) && (1..20).contains(&to_near),

@@ -3,14 +3,19 @@
 //! containernetworking-plugins.
 
 mod attach;
+mod bridge;
 mod examples;
 mod failure;
+mod inject;
 mod input;
 mod kill;
 mod lifecycle;
 mod local_ipam;
+mod matrix;
 mod node;
+mod options;
 mod parallel;
 mod pollable;
 mod traffic;
+mod tune;
 mod world;

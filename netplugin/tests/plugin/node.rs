@@ -150,7 +150,7 @@ fn status_tells_whether_an_add_could_work() {
     )
     .assert_error(50, &["\"missing\""]);
     node_call(&world, "STATUS", &config(json!({ "ipam": null }))).assert_error(7, &["ipam"]);
-    node_call(&world, "STATUS", &config(json!({ "mode": "bridge" }))).assert_error(2, &["bridge"]);
+    node_call(&world, "STATUS", &config(json!({ "mode": "ipvlan" }))).assert_error(2, &["ipvlan"]);
     node_call(&world, "STATUS", &world.config("1.0.0", json!({})))
         .assert_error(1, &["\"1.0.0\" has no STATUS"]);
 

@@ -21,7 +21,11 @@ use tempfile::TempDir;
 /// Where Debian has the reference plugins.
 pub(crate) const REFERENCE_PLUGINS: &str = "/usr/lib/cni";
 /// Every version that the plugin claims.
-pub(crate) const VERSIONS: [&str; 4] = ["0.3.1", "0.4.0", "1.0.0", "1.1.0"];
+pub(crate) const VERSIONS: [&str; 7] = [
+    "0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0",
+];
+/// Those whose results have `interfaces` and `ips`.
+pub(crate) const LISTING_VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 /// MTU of the host's way out.
 pub(crate) const UPLINK_MTU: u32 = 1400;
 
@@ -251,6 +255,24 @@ impl Answer {
             assert!(msg.contains(part), "{part:?} is not in {msg:?} ({details})");
         }
     }
+}
+
+/// The n-th address of a result of any version, without its prefix length.
+pub(crate) fn address(result: &Value, n: usize) -> IpAddr {
+    let entry = match result.get("ips") {
+        Some(ips) => &ips[n]["address"],
+        None => &result[["ip4", "ip6"][n]]["ip"],
+    };
+    let text = entry
+        .as_str()
+        .unwrap_or_else(|| panic!("no address {n} in {result}"));
+    let address = text.split('/').next().expect("an address");
+    address.parse().expect("an address")
+}
+
+/// Whether a version has CHECK.
+pub(crate) fn has_check(version: &str) -> bool {
+    !["0.1.0", "0.2.0", "0.3.0", "0.3.1"].contains(&version)
 }
 
 /// The environment of a call.

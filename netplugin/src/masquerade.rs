@@ -2,24 +2,25 @@
 
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use kbp_kernel::netns::Netns;
 use kbp_kernel::nft::MasqueradeTable;
 use kbp_kernel::{Error, Result};
 
-use super::plan::Plan;
 use crate::attachment::Attachment;
 
 /// Name of the table, which is of the family `inet`.
 const TABLE: &str = "kbp";
 
-/// Masquerades what the pod sends beyond the node's pod ranges.
-pub(crate) fn add(host: &Netns, attachment: &Attachment, plan: &Plan) -> Result<()> {
+/// Masquerades what the pod sends from its addresses beyond the node's pod ranges.
+pub(crate) fn add(
+    host: &Netns,
+    attachment: &Attachment,
+    addresses: &[IpAddr],
+    ranges: &[IpNet],
+) -> Result<()> {
     let mut table = MasqueradeTable::open(host, TABLE)?;
-    table.add(
-        &attachment.masquerade_owner(),
-        &plan.addresses(),
-        &plan.ranges,
-    )
+    table.add(&attachment.masquerade_owner(), addresses, ranges)
 }
 
 /// Removes every entry whose owner `is_gone`, and the table with the last one.

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use kbp_kernel::link::{Route, RouteSocket};
 use kbp_kernel::{Mtu, Result};
 
-use super::DEVICE_MTU;
+use crate::wire::DEVICE_MTU;
 
 /// What a node without a default route is taken to have: Ethernet's.
 const DEFAULT_MTU: Mtu = Mtu(1500);

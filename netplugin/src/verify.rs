@@ -7,11 +7,11 @@ use kbp_kernel::ethtool;
 use kbp_kernel::link::{Link, LinkKind, Route};
 use kbp_kernel::{MacAddr, Result};
 
-use super::plan::{PlannedIp, is_main};
-use super::wire::{Side, features};
 use crate::attachment::Attachment;
-use crate::cni::ipam::RouteConfig;
-use crate::cni::options::Profile;
+use crate::cni::ipam::{LeasedIp, RouteConfig};
+use crate::cni::options::{BridgeOptions, Mode, Options, Profile};
+use crate::routed::plan::is_main;
+use crate::wire::{Side, features};
 
 /// What a result says about an attachment.
 #[derive(Debug, Default)]
@@ -21,7 +21,7 @@ pub(crate) struct Expected {
     /// MAC and MTU of the pod end, where the result names them.
     pub(crate) pod: (Option<MacAddr>, Option<u32>),
     /// Addresses of the pod end.
-    pub(crate) ips: Vec<PlannedIp>,
+    pub(crate) ips: Vec<LeasedIp>,
     /// Routes in the pod.
     pub(crate) routes: Vec<RouteConfig>,
 }
@@ -31,7 +31,7 @@ pub(crate) fn differences(
     host: &mut Side,
     pod: &mut Side,
     attachment: &Attachment,
-    profile: Profile,
+    options: &Options,
     expected: &Expected,
 ) -> Result<Vec<String>> {
     let mut found = Vec::new();
@@ -65,8 +65,28 @@ pub(crate) fn differences(
             host_end.name, pod_end.name
         ));
     }
+    let ends = [(&*host, &host_end), (&*pod, &pod_end)];
+    feature_differences(ends, options.profile, &mut found)?;
+    pod_differences(pod, &pod_end, expected, &mut found)?;
+    match &options.mode {
+        Mode::Bridge(bridge) => bridge_differences(host, &host_end, bridge, expected, &mut found)?,
+        Mode::Routed | Mode::Tune => {
+            let gateways: Vec<_> = expected.ips.iter().filter_map(|ip| ip.gateway).collect();
+            neighbour_differences(pod, &pod_end, &host_end, &gateways, &mut found)?;
+            host_differences(host, &host_end, &pod_end, expected, &mut found)?;
+        }
+    }
+    Ok(found)
+}
+
+/// Compares GRO and TSO of both ends with what the profile wants.
+pub(crate) fn feature_differences(
+    ends: [(&Side, &Link); 2],
+    profile: Profile,
+    found: &mut Vec<String>,
+) -> Result<()> {
     let wanted = features(profile);
-    for (side, end) in [(&*host, &host_end), (&*pod, &pod_end)] {
+    for (side, end) in ends {
         let is = ethtool::features(&side.netns, &end.name)?;
         for (name, is, wanted) in [("GRO", is.gro, wanted.gro), ("TSO", is.tso, wanted.tso)] {
             if is != wanted {
@@ -79,9 +99,49 @@ pub(crate) fn differences(
             }
         }
     }
-    pod_differences(pod, &pod_end, &host_end, expected, &mut found)?;
-    host_differences(host, &host_end, &pod_end, expected, &mut found)?;
-    Ok(found)
+    Ok(())
+}
+
+/// The host end as a bridge's port, and the bridge as the gateway.
+fn bridge_differences(
+    host: &mut Side,
+    end: &Link,
+    wanted: &BridgeOptions,
+    expected: &Expected,
+    found: &mut Vec<String>,
+) -> Result<()> {
+    let Some(bridge) = host.route.link_by_name(&wanted.name)? else {
+        found.push(format!("{} does not exist", wanted.name));
+        return Ok(());
+    };
+    if !bridge.up {
+        found.push(format!("{} is down", bridge.name));
+    }
+    if end.master != Some(bridge.index) {
+        found.push(format!("{} is not a port of {}", end.name, bridge.name));
+    } else if end.hairpin != wanted.hairpin {
+        found.push(format!(
+            "{} has hairpin mode {} instead of {}",
+            end.name,
+            on_off(end.hairpin),
+            on_off(wanted.hairpin)
+        ));
+    }
+    if bridge.mtu != end.mtu {
+        found.push(format!(
+            "{} has MTU {}, its port {} has {}",
+            bridge.name, bridge.mtu, end.name, end.mtu
+        ));
+    }
+    if wanted.is_gateway {
+        let addresses = host.route.addresses(bridge.index)?;
+        for gateway in expected.ips.iter().filter_map(|ip| ip.gateway) {
+            if !addresses.iter().any(|address| address.addr() == gateway) {
+                found.push(format!("{} lacks the address {gateway}", bridge.name));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn link_differences(link: &Link, mac: Option<MacAddr>, mtu: Option<u32>, found: &mut Vec<String>) {
@@ -108,7 +168,6 @@ fn link_differences(link: &Link, mac: Option<MacAddr>, mtu: Option<u32>, found: 
 fn pod_differences(
     pod: &mut Side,
     end: &Link,
-    host_end: &Link,
     expected: &Expected,
     found: &mut Vec<String>,
 ) -> Result<()> {
@@ -132,8 +191,7 @@ fn pod_differences(
             ));
         }
     }
-    let gateways: Vec<_> = expected.ips.iter().map(|ip| ip.gateway).collect();
-    neighbour_differences(pod, end, host_end, &gateways, found)
+    Ok(())
 }
 
 fn host_differences(
@@ -146,10 +204,12 @@ fn host_differences(
     let addresses = host.route.addresses(end.index)?;
     let routes = host.route.routes()?;
     for ip in &expected.ips {
-        if !addresses.contains(&IpNet::from(ip.gateway)) {
-            found.push(format!("{} lacks the address {}", end.name, ip.gateway));
+        if let Some(gateway) = ip.gateway
+            && !addresses.contains(&IpNet::from(gateway))
+        {
+            found.push(format!("{} lacks the address {gateway}", end.name));
         }
-        let host_route = ip.host_route();
+        let host_route = IpNet::from(ip.address.addr());
         if !routes
             .iter()
             .any(|route| route.destination == host_route && route.device == end.index)

@@ -1,0 +1,13 @@
+//! Mode `bridge`: every pod is a port of one bridge, by a veth pair that can be busy-polled.
+//!
+//! ```text
+//!   pod                                   host
+//!   eth0  10.88.0.5/16                    kbp1f0…  a port of
+//!     0.0.0.0/0 via 10.88.0.1 mtu 1500    kbp0     10.88.0.1/16 with isGateway
+//! ```
+//!
+//! Pods resolve each other's addresses by ARP and neighbour discovery, and are told of every address that
+//! changed its owner. All ports and the bridge have one MTU.
+
+pub(crate) mod plan;
+pub(crate) mod wire;

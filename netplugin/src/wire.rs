@@ -1,0 +1,243 @@
+//! The veth pair: making it, switching its features, removing it. What hangs on it is each mode's own.
+
+use std::net::IpAddr;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use kbp_kernel::ethtool::{self, Features};
+use kbp_kernel::link::{Batch, Route, RouteSocket, VethPair};
+use kbp_kernel::netns::Netns;
+use kbp_kernel::{IfIndex, MacAddr, Mtu};
+
+use crate::attachment::Attachment;
+use crate::cni::error::{CniError, Code, Result};
+use crate::cni::ipam::RouteConfig;
+use crate::cni::options::{Options, Profile};
+use crate::sysctl;
+
+/// The largest MTU that the kernel lets a veth have (ETH_MAX_MTU).
+pub(crate) const DEVICE_MTU: Mtu = Mtu(65535);
+
+/// A network namespace and a socket that belongs to it.
+#[derive(Debug)]
+pub(crate) struct Side {
+    /// The namespace.
+    pub(crate) netns: Netns,
+    /// The socket.
+    pub(crate) route: RouteSocket,
+}
+
+impl Side {
+    /// The namespace in which the plugin runs.
+    pub(crate) fn host() -> Result<Self> {
+        Ok(Self {
+            netns: Netns::current()?,
+            route: RouteSocket::open()?,
+        })
+    }
+
+    /// The namespace of the pod.
+    pub(crate) fn pod(netns: Netns) -> Result<Self> {
+        let route = RouteSocket::open_in(&netns)?;
+        Ok(Self { netns, route })
+    }
+
+    /// A link that has just been created.
+    fn end(&mut self, name: &str) -> Result<End> {
+        let link = self.route.link_by_name(name)?;
+        let end = link.and_then(|link| {
+            Some(End {
+                index: link.index,
+                mac: link.mac?,
+                mtu: link.mtu,
+                name: link.name,
+            })
+        });
+        end.ok_or_else(|| {
+            CniError::new(
+                Code::KERNEL,
+                format!("{name} vanished right after it was created"),
+            )
+        })
+    }
+}
+
+/// One end of the pair.
+#[derive(Debug)]
+pub(crate) struct End {
+    /// Index in its namespace.
+    pub(crate) index: IfIndex,
+    /// Name.
+    pub(crate) name: String,
+    /// MAC.
+    pub(crate) mac: MacAddr,
+    /// MTU.
+    pub(crate) mtu: Mtu,
+}
+
+/// A pair that was created.
+#[derive(Debug)]
+pub(crate) struct Pair {
+    /// The host end.
+    pub(crate) host: End,
+    /// The pod end.
+    pub(crate) pod: End,
+}
+
+/// What the features of both ends have to be.
+pub(crate) fn features(profile: Profile) -> Features {
+    Features {
+        gro: true,
+        tso: profile == Profile::Throughput,
+    }
+}
+
+/// Refuses when one of the names is taken already.
+pub(crate) fn refuse_existing(
+    host: &mut Side,
+    pod: &mut Side,
+    attachment: &Attachment,
+) -> Result<()> {
+    let exists = |msg| Err(CniError::new(Code::EXISTS, msg));
+    let ifname = &attachment.ifname;
+    if pod.route.link_by_name(ifname)?.is_some() {
+        return exists(format!(
+            "interface {ifname} exists already in the namespace of container {}; call DEL first",
+            attachment.container_id,
+        ));
+    }
+    let name = attachment.host_end();
+    match host.route.link_by_name(&name)? {
+        Some(link) if attachment.owns(&link) => exists(format!(
+            "host end {name} of {attachment} exists already, with a pod end in another namespace or of another name; call DEL first",
+        )),
+        Some(link) => exists(format!(
+            "the name {name} of the host end is taken by a link with the alias {:?}; remove it or use another container id",
+            link.alias.unwrap_or_default(),
+        )),
+        None => Ok(()),
+    }
+}
+
+/// Creates the pair, each end in its namespace. The host end is up, and a port of `bridge`.
+pub(crate) fn create(
+    host: &mut Side,
+    pod: &mut Side,
+    attachment: &Attachment,
+    options: &Options,
+    mtu: Mtu,
+    bridge: Option<IfIndex>,
+) -> Result<Pair> {
+    let host_name = attachment.host_end();
+    let veth = VethPair {
+        host_name: &host_name,
+        host_mac: attachment.host_mac(),
+        pod_name: &attachment.ifname,
+        pod_mac: options.mac.unwrap_or_else(|| attachment.pod_mac()),
+        pod_netns: &pod.netns,
+        mtu,
+        tx_queue_len: options.tx_queue_len,
+    };
+    // Without its alias GC would not know whose it is, should this process be killed.
+    host.route.execute(
+        Batch::new()
+            .create_veth_with(&veth, options.queues, bridge)
+            .set_alias_of(&host_name, &attachment.alias()),
+    )?;
+    let ends = host.end(&host_name).and_then(|host| {
+        Ok(Pair {
+            host,
+            pod: pod.end(&attachment.ifname)?,
+        })
+    });
+    ends.map_err(|error| {
+        // The caller knows nothing of the pair yet.
+        match delete_host_end(host, attachment) {
+            Ok(()) => error,
+            Err(more) => error.with_details(&more.to_string()),
+        }
+    })
+}
+
+/// What the kernel has to be told before the ends have addresses.
+pub(crate) fn prepare(pod: &Side, pair: &Pair, v6: bool) -> Result<()> {
+    sysctl::refuse_router_advertisements(&pair.host.name)?;
+    if v6 {
+        sysctl::enable_v6(&pair.host.name)?;
+        pod.netns
+            .run(|| sysctl::enable_v6("lo").and_then(|()| sysctl::enable_v6(&pair.pod.name)))??;
+    }
+    Ok(())
+}
+
+/// Makes both ends, which are up, pollable.
+pub(crate) fn finish(host: &mut Side, pod: &mut Side, pair: &Pair, profile: Profile) -> Result<()> {
+    // After the link is up: only then does GRO make a NAPI instance.
+    let wanted = features(profile);
+    ethtool::set_features(&pod.netns, &pair.pod.name, wanted)?;
+    ethtool::set_features(&host.netns, &pair.host.name, wanted)?;
+    // Asking for a link makes the kernel (6.8+) notice at once that it has a carrier, which it else does up to a
+    // second later: until then its operational state is down, and programs that look at it would wait.
+    pod.route.link_by_index(pair.pod.index)?;
+    host.route.link_by_index(pair.host.index)?;
+    Ok(())
+}
+
+/// Waits until the kernel takes packets to the pod's addresses, and to the host end's, for its own. With IPv4 that
+/// is so at once; with IPv6 a work item has to run, which on a busy node takes longer than a container's start.
+pub(crate) fn await_addresses(
+    host: (&mut Side, Vec<IpAddr>),
+    pod: (&mut Side, Vec<IpAddr>),
+) -> Result<()> {
+    const LIMIT: Duration = Duration::from_secs(10);
+    let deadline = Instant::now() + LIMIT;
+    for (side, addresses) in [pod, host] {
+        for address in addresses.into_iter().filter(IpAddr::is_ipv6) {
+            let mut pause = Duration::from_micros(50);
+            while !side.route.is_local(address)? {
+                if Instant::now() > deadline {
+                    let msg = format!(
+                        "the kernel does not take {address} into use within {} s",
+                        LIMIT.as_secs()
+                    );
+                    return Err(CniError::new(Code::TRY_AGAIN, msg));
+                }
+                thread::sleep(pause);
+                pause = (pause * 2).min(Duration::from_millis(5));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A route of a plan as the kernel gets it.
+pub(crate) fn kernel_route(route: &RouteConfig, device: IfIndex) -> Route {
+    Route {
+        gateway: route.gw,
+        onlink: route.gw.is_some(),
+        mtu: route.mtu.map(Mtu),
+        advmss: route.advmss,
+        priority: route.priority,
+        table: route.table,
+        scope: route.scope,
+        ..Route::new(route.dst, device)
+    }
+}
+
+/// Deletes the host end, and the pod end with it; fine when it is not there. A link of that name without an
+/// alias is what an interrupted ADD left; one with another alias is somebody else's.
+pub(crate) fn delete_host_end(host: &mut Side, attachment: &Attachment) -> Result<()> {
+    match host.route.link_by_name(&attachment.host_end())? {
+        Some(link) if link.alias.is_none() || attachment.owns(&link) => delete(host, link.index),
+        _ => Ok(()),
+    }
+}
+
+/// Deletes a link; fine when it is gone already, as it is with its peer's namespace.
+pub(crate) fn delete(host: &mut Side, link: IfIndex) -> Result<()> {
+    const ENODEV: i32 = nix::errno::Errno::ENODEV as i32;
+    match host.route.execute(Batch::new().delete_link(link)) {
+        Err(error) if error.errno() == Some(ENODEV) => Ok(()),
+        other => Ok(other?),
+    }
+}
