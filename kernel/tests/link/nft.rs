@@ -488,8 +488,14 @@ impl Node {
         let from = bind(&self.pod, ip(source));
         from.send_to(b"who am I", to.local_addr().expect("address"))
             .expect("send");
-        let (_, peer) = to.recv_from(&mut [0; 16]).expect("receive");
-        peer.ip()
+        loop {
+            // A receive with a timeout is not restarted after an interruption (signal(7)).
+            match to.recv_from(&mut [0; 16]) {
+                Ok((_, peer)) => return peer.ip(),
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => panic!("receive: {error}"),
+            }
+        }
     }
 }
 

@@ -34,8 +34,6 @@ use workload::{Sample, Workload};
 
 const STOCK_COLOUR: RGBColor = RGBColor(200, 86, 52);
 const KBP_COLOUR: RGBColor = RGBColor(38, 96, 164);
-/// Exit code when everything ran but kbp was not wholly active: what the table calls kbp is then less than kbp.
-const PARTLY_ACTIVE: u8 = 2;
 /// As a shell has it for SIGINT.
 const INTERRUPTED: u8 = 130;
 
@@ -130,13 +128,14 @@ fn run(options: &Options, sandbox: &Sandbox) -> Result<ExitCode> {
     if results.inactive.is_empty() {
         return Ok(ExitCode::SUCCESS);
     }
+    // Not a failure of the demo: the figures are what this kernel gets out of kbp.
     println!(
         "\nNot all of kbp was active, so the arm kbp shows less than kbp (kbpctl doctor tells what this machine lacks):"
     );
     for part in &results.inactive {
         println!("  {part}");
     }
-    Ok(ExitCode::from(PARTLY_ACTIVE))
+    Ok(ExitCode::SUCCESS)
 }
 
 fn measure(options: &Options, node: &Node<'_>, place: Placement) -> Result<Results> {
