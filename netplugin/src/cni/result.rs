@@ -46,7 +46,7 @@ pub(crate) fn build(
     attached: Attached<'_>,
 ) -> Result<Value> {
     if version < Version::V0_3_0 {
-        return Ok(old_form(version, attached));
+        return old_form(version, attached);
     }
     let mut result = Map::new();
     result.insert("cniVersion".to_owned(), json!(version.as_str()));
@@ -71,14 +71,24 @@ pub(crate) fn build(
 }
 
 /// Before 0.3.0: one address of each family, with its routes, and nothing of interfaces.
-fn old_form(version: Version, attached: Attached<'_>) -> Value {
+fn old_form(version: Version, attached: Attached<'_>) -> Result<Value> {
     let mut result = Map::new();
     result.insert("cniVersion".to_owned(), json!(version.as_str()));
     for (key, v6) in [("ip4", false), ("ip6", true)] {
         let of_family = |net: &IpNet| net.addr().is_ipv6() == v6;
-        let Some(ip) = attached.ips.iter().find(|ip| of_family(&ip.address)) else {
+        let mut of_this = attached.ips.iter().filter(|ip| of_family(&ip.address));
+        let Some(ip) = of_this.next() else {
             continue;
         };
+        if let Some(second) = of_this.next() {
+            let msg = format!(
+                "the pod gets {} and {}, but a result of cniVersion {:?} has room for one address of each family; use 0.3.0 or later",
+                ip.address,
+                second.address,
+                version.as_str()
+            );
+            return Err(CniError::new(Code::VERSION, msg));
+        }
         let mut entry = json!({ "ip": ip.address.to_string() });
         if let Some(gateway) = ip.gateway {
             entry["gateway"] = json!(gateway.to_string());
@@ -92,7 +102,7 @@ fn old_form(version: Version, attached: Attached<'_>) -> Value {
     }
     result.insert("dns".to_owned(), Value::Object(attached.dns));
     result.retain(|_, value| !is_empty(value));
-    Value::Object(result)
+    Ok(Value::Object(result))
 }
 
 fn list<'a>(result: &'a mut Map<String, Value>, key: &str) -> Result<&'a mut Vec<Value>> {

@@ -1,24 +1,35 @@
 //! STATUS: could an ADD work?
 
-use kbp_kernel::link::RouteSocket;
+use kbp_kernel::link::{LinkKind, RouteSocket};
 
 use crate::cni::config::Config;
 use crate::cni::delegate::Ipam;
 use crate::cni::env::Call;
 use crate::cni::error::{CniError, Code, Result};
-use crate::cni::options::Options;
+use crate::cni::options::{Mode, Options};
 
 /// Tries what every ADD needs: a config that can be read, netlink, the IPAM plugin. A plugin that knows STATUS is
 /// asked, too.
 pub(crate) fn status(call: &Call, config: &Config) -> Result<()> {
-    Options::read(&config.json, call)?;
+    let options = Options::read(&config.json, call)?;
     let unavailable = |error: CniError| CniError {
         code: Code::NOT_AVAILABLE,
         ..error
     };
-    RouteSocket::open()
-        .and_then(|mut socket| socket.link_by_name("lo"))
+    // A bridge that does not exist yet is made by the first ADD.
+    let link = match &options.mode {
+        Mode::Bridge(bridge) => bridge.name.as_str(),
+        Mode::Routed | Mode::Tune => "lo",
+    };
+    let found = RouteSocket::open()
+        .and_then(|mut socket| socket.link_by_name(link))
         .map_err(|error| unavailable(error.into()))?;
+    if let (Mode::Bridge(_), Some(found)) = (&options.mode, found)
+        && found.kind != LinkKind::Other("bridge".to_owned())
+    {
+        let msg = format!("bridge: {link:?} is another kind of link");
+        return Err(CniError::new(Code::NOT_AVAILABLE, msg));
+    }
     if !config.wants_ipam() {
         return Ok(());
     }

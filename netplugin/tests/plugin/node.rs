@@ -154,6 +154,15 @@ fn status_tells_whether_an_add_could_work() {
     node_call(&world, "STATUS", &world.config("1.0.0", json!({})))
         .assert_error(1, &["\"1.0.0\" has no STATUS"]);
 
+    quiet(&world, "STATUS", &config(json!({ "mode": "bridge" })));
+    quiet(
+        &world,
+        "STATUS",
+        &config(json!({ "mode": "tune", "ipam": null })),
+    );
+    let taken = config(json!({ "mode": "bridge", "bridge": "uplink" }));
+    node_call(&world, "STATUS", &taken).assert_error(50, &["\"uplink\"", "another kind"]);
+
     let ipam = config(json!({ "ipam": { "type": "own-ipam" } }));
     world.ipam_script(
         "own-ipam",
@@ -166,4 +175,59 @@ fn status_tells_whether_an_add_could_work() {
     assert_eq!(world.ipam_calls(), ["VERSION", "STATUS"]);
     world.ipam_script("own-ipam", "kill -9 $$");
     node_call(&world, "STATUS", &ipam).assert_error(50, &["own-ipam", "signal: 9"]);
+}
+
+#[test]
+fn gc_removes_pods_of_mode_bridge_and_leaves_those_of_mode_tune() {
+    let world = World::new();
+    let config = world.config("1.1.0", json!({ "mode": "bridge", "isGateway": true }));
+    let (stays, goes, tuned) = (Pod::new("stays"), Pod::new("goes"), Pod::new("tuned"));
+    let result = world.add(&stays, &config);
+    let first = crate::matrix::reference_config(&world, "1.0.0", "ptp", false);
+    let answer = crate::matrix::reference(&world, "ptp", "ADD", &tuned, &first);
+    assert!(answer.ok, "{answer:?}");
+    let tune = json!({ "cniVersion": "1.1.0", "name": "kbptest", "type": "kbp", "mode": "tune" });
+    let of_ptp = serde_json::from_str(&answer.stdout).expect("a result");
+    world.add(&tuned, &crate::lifecycle::with_result(&tune, &of_ptp));
+    let without = world.dump();
+    world.add(&goes, &config);
+    // What another plugin has made is that plugin's to collect.
+    quiet(&world, "GC", &keeping(&tune, &[&stays, &goes]));
+    quiet(&world, "GC", &keeping(&config, &[&stays, &tuned]));
+    assert_eq!(world.dump(), without);
+    world.quiet(
+        "CHECK",
+        &stays,
+        &crate::lifecycle::with_result(&config, &result),
+    );
+}
+
+#[test]
+fn gc_goes_on_past_errors_and_reports_them_joined() {
+    let world = World::new();
+    world.set_sysctl("net/ipv4/ip_forward", "1");
+    world.ipam_script(
+        "half",
+        r#"case $CNI_COMMAND in
+        VERSION) echo '{ "supportedVersions": ["1.0.0"] }';;
+        ADD) echo "{ \"ips\": [{ \"address\": \"10.77.0.${CNI_CONTAINERID#pod-}/16\", \"gateway\": \"10.77.0.1\" }] }";;
+        *) echo "{ \"code\": 77, \"msg\": \"not $CNI_CONTAINERID\" }"; exit 1;;
+        esac"#,
+    );
+    let config = world.config("1.1.0", json!({ "ipam": { "type": "half" } }));
+    let before = world.dump();
+    let pods = ["pod-8", "pod-9"].map(Pod::new);
+    for pod in &pods {
+        world.add(pod, &config);
+    }
+    let answer = node_call(&world, "GC", &keeping(&config, &[]));
+    let (code, msg, details) = answer.error();
+    assert_eq!(code, 77, "{answer:?}");
+    for id in ["pod-8", "pod-9"] {
+        assert!(
+            format!("{msg} {details}").contains(&format!("not {id}")),
+            "{answer:?}"
+        );
+    }
+    assert_eq!(world.dump(), before);
 }

@@ -3,19 +3,30 @@
 use std::collections::BTreeSet;
 use std::thread;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::traffic::{ip, udp_echo};
 use crate::world::{HOST_V4, OUTSIDE_V4, Pod, World};
 
 #[test]
 fn many_attachments_at_once_are_all_whole_and_all_go() {
+    at_once(json!({}));
+}
+
+/// The first of them, whichever that is, makes the bridge, its addresses and its MTU.
+#[test]
+fn many_attachments_at_once_share_a_bridge_that_none_of_them_found() {
+    at_once(json!({ "mode": "bridge", "isDefaultGateway": true }));
+}
+
+fn at_once(more: Value) {
     const PODS: usize = 24;
+    let is_bridge = more["mode"] == "bridge";
     let world = World::new();
     world.set_sysctl("net/ipv4/ip_forward", "1");
     world.set_sysctl("net/ipv6/conf/all/forwarding", "1");
     let before = world.dump();
-    let config = world.config("1.0.0", json!({}));
+    let config = world.config("1.0.0", more);
     let pods: Vec<_> = (0..PODS).map(|n| Pod::new(&format!("pod-{n}"))).collect();
 
     let results: Vec<_> = thread::scope(|scope| {
@@ -82,5 +93,8 @@ fn many_attachments_at_once_are_all_whole_and_all_go() {
             scope.spawn(|| world.quiet("DEL", pod, &config));
         }
     });
+    if is_bridge {
+        world.host_command("ip", &["link", "del", "kbp0"]);
+    }
     assert_eq!(world.dump(), before);
 }

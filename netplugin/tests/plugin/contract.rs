@@ -1,0 +1,228 @@
+//! Lines of the contract that no other file is about.
+
+use std::fs;
+use std::path::Path;
+
+use kbp_kernel::ethtool;
+use serde_json::{Value, json};
+
+use crate::lifecycle::with_result;
+use crate::matrix::{reference, reference_config};
+use crate::traffic::{ip, tcp_transfer, udp};
+use crate::world::{Pod, World, address, environment, path, run};
+
+const MODES: [&str; 2] = ["routed", "bridge"];
+
+#[test]
+fn success_and_failure_speak_on_stdout_and_by_exit_status_in_every_mode() {
+    for mode in ["routed", "bridge", "tune"] {
+        let world = World::new();
+        let pod = Pod::new("pod-a");
+        let config = world.config("1.1.0", json!({ "mode": mode, "txQueueLen": "x" }));
+        let answer = world.call("ADD", &pod, &config);
+        answer.assert_error(7, &["txQueueLen", "\"x\""]);
+        let error: Value = serde_json::from_str(&answer.stdout).expect("JSON");
+        let keys: Vec<_> = error.as_object().expect("an object").keys().collect();
+        assert_eq!(keys, ["cniVersion", "code", "msg"], "{mode}");
+        assert_eq!(
+            (&error["cniVersion"], answer.stderr.as_str()),
+            (&json!("1.1.0"), "")
+        );
+    }
+}
+
+#[test]
+fn the_plugins_own_namespace_is_refused_in_every_mode() {
+    for mode in ["routed", "bridge", "tune"] {
+        let world = World::new();
+        let before = world.dump();
+        let config = world.config(
+            "1.0.0",
+            json!({ "mode": mode, "prevResult": { "cniVersion": "1.0.0" } }),
+        );
+        let environment = environment("ADD", "pod-a", &path(&world.host), &world.cni_path());
+        world
+            .call_with(&environment, &config.to_string())
+            .assert_error(4, &["CNI_NETNS", "the plugin itself"]);
+        assert_eq!(world.dump(), before, "{mode}");
+    }
+}
+
+#[test]
+fn ipam_gets_the_whole_config_and_the_same_environment_in_every_version() {
+    for version in crate::world::VERSIONS {
+        let world = World::new();
+        let pod = Pod::new("pod-a");
+        let answer = if version < "0.3.0" {
+            r#"{ "ip4": { "ip": "10.77.0.9/16", "gateway": "10.77.0.1" } }"#
+        } else {
+            r#"{ "ips": [{ "address": "10.77.0.9/16", "gateway": "10.77.0.1" }] }"#
+        };
+        let body = format!(
+            "cat > $0.$CNI_COMMAND; env > $0.$CNI_COMMAND.env; [ $CNI_COMMAND = ADD ] && echo '{answer}'; exit 0"
+        );
+        world.ipam_script("own-ipam", &body);
+        let config = world.config(
+            version,
+            json!({ "ipam": { "type": "own-ipam" }, "x-unknown": [{ "deep": null }] }),
+        );
+        let result = world.add(&pod, &config);
+        assert_eq!(address(&result, 0), ip("10.77.0.9"));
+        world.quiet("DEL", &pod, &config);
+        for verb in ["ADD", "DEL"] {
+            let read = |name: String| fs::read_to_string(world.path(&name)).expect("what IPAM got");
+            let stdin: Value =
+                serde_json::from_str(&read(format!("own-ipam.{verb}"))).expect("JSON");
+            assert_eq!(stdin, config, "{version} {verb}");
+            let got = read(format!("own-ipam.{verb}.env"));
+            for (key, value) in environment(verb, &pod.id, &pod.path(), &world.cni_path()) {
+                assert!(
+                    got.contains(&format!("{key}={value}\n")),
+                    "{version} {verb}: {key} in {got}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_second_address_of_a_family_is_refused_where_the_result_has_no_room_for_it() {
+    let world = World::new();
+    let pod = Pod::new("pod-a");
+    let ipam = json!({ "type": "kbp-local", "routes": null, "ranges": [
+        [{ "subnet": "10.77.0.0/16" }], [{ "subnet": "10.78.0.0/16" }],
+    ] });
+    let config = |version| world.config(version, json!({ "ipam": ipam }));
+    let before = (world.dump(), pod.dump());
+    world
+        .call("ADD", &pod, &config("0.2.0"))
+        .assert_error(1, &["10.77.0.2/16", "10.78.0.2/16", "\"0.2.0\"", "0.3.0"]);
+    assert_eq!((world.dump(), pod.dump()), before);
+    world.add(&pod, &config("0.3.0"));
+}
+
+#[test]
+fn unknown_keys_and_capabilities_of_other_plugins_are_ignored() {
+    for mode in MODES {
+        let world = World::new();
+        let pod = Pod::new("pod-a");
+        let config = world.config(
+            "1.1.0",
+            json!({
+                "mode": mode, "isGateway": true, "keepAddrPrefixes": [1], "x": { "y": 2 },
+                "args": { "cni": { "labels": [] }, "org.example": 1 },
+                "runtimeConfig": {
+                    "portMappings": [{ "hostPort": 8080, "containerPort": 80, "protocol": "tcp" }],
+                    "bandwidth": { "ingressRate": 1000 }, "x": null,
+                },
+            }),
+        );
+        let result = world.add(&pod, &config);
+        world.quiet("CHECK", &pod, &with_result(&config, &result));
+        assert!(
+            !world.nftables().contains("8080"),
+            "portMappings are the plugin portmap's"
+        );
+        world.quiet("DEL", &pod, &config);
+    }
+}
+
+#[test]
+fn del_works_with_a_config_that_was_changed_since_add() {
+    for (was, is) in [
+        ("routed", "bridge"),
+        ("bridge", "routed"),
+        ("bridge", "tune"),
+    ] {
+        let world = World::new();
+        world.set_sysctl("net/ipv4/ip_forward", "1");
+        world.set_sysctl("net/ipv6/conf/all/forwarding", "1");
+        let before = world.dump();
+        let pod = Pod::new("pod-a");
+        world.add(
+            &pod,
+            &world.config("1.0.0", json!({ "mode": was, "isGateway": true })),
+        );
+        // Not even valid any more.
+        let changed = json!({ "mode": is, "ipMasq": 5, "mtu": "x", "bridge": "a/b", "sysctl": [], "profile": {} });
+        for _ in 0..2 {
+            world.quiet("DEL", &pod, &world.config("1.0.0", changed.clone()));
+        }
+        if was == "bridge" {
+            world.host_command("ip", &["link", "del", "kbp0"]);
+        }
+        assert_eq!(world.dump(), before, "{was} to {is}");
+    }
+}
+
+#[test]
+fn the_binary_can_be_replaced_between_add_and_del() {
+    let world = World::new();
+    let pod = Pod::new("pod-a");
+    let config = world.config("1.0.0", json!({}));
+    let installed = world.path("kbp");
+    let install = || {
+        let new = world.path(".kbp.new");
+        fs::copy(env!("CARGO_BIN_EXE_kbp"), &new).expect("copy");
+        fs::rename(new, &installed).expect("rename");
+    };
+    for (verb, config) in [("ADD", &config), ("DEL", &config)] {
+        install();
+        let environment = environment(verb, &pod.id, &pod.path(), &world.cni_path());
+        let answer = run(
+            &world.host,
+            Path::new(&installed),
+            &environment,
+            &config.to_string(),
+        );
+        assert!(answer.ok, "{verb}: {answer:?}");
+    }
+    assert!(world.leases().is_empty());
+}
+
+#[test]
+fn a_pod_of_another_plugin_with_a_smaller_mtu_is_reached_with_large_packets() {
+    for mode in MODES {
+        let world = World::new();
+        let (ours, other) = (Pod::new("pod-a"), Pod::new("pod-b"));
+        // In a range of its own, or the bridge would have to answer for it.
+        let mut ptp = reference_config(&world, "1.0.0", "ptp", false);
+        ptp["name"] = json!("other");
+        ptp["ipam"]["ranges"] = json!([[{ "subnet": "10.66.0.0/16" }]]);
+        ptp["ipam"]["routes"] = json!([{ "dst": "0.0.0.0/0" }]);
+        let answer = reference(&world, "ptp", "ADD", &other, &ptp);
+        assert!(answer.ok, "{answer:?}");
+        // With the full MTU towards everything, as if nothing were known of the other pod.
+        let routes = json!([{ "dst": "10.66.0.0/16", "mtu": 65535 }]);
+        let config = world.config(
+            "1.0.0",
+            json!({ "mode": mode, "isGateway": true, "routes": routes }),
+        );
+        world.add(&ours, &config);
+        assert_eq!(
+            ethtool::features(&ours.netns, "eth0").map(|f| f.tso).ok(),
+            Some(false)
+        );
+        let there = ip("10.66.0.2");
+        tcp_transfer(&ours.netns, &other.netns, there, 300_000);
+        tcp_transfer(&other.netns, &ours.netns, ip("10.77.0.2"), 300_000);
+        // The first datagrams may be lost to path MTU discovery, which the sender is told of.
+        let server = udp(&other.netns, (there, 0).into());
+        server
+            .set_read_timeout(Some(std::time::Duration::from_millis(200)))
+            .expect("set a timeout");
+        let client = udp(&ours.netns, "0.0.0.0:0".parse().expect("an address"));
+        client
+            .connect(server.local_addr().expect("an address"))
+            .expect("connect");
+        let mut buffer = [0; 10_000];
+        let arrived = (0..20).any(|_| {
+            let _ = client.send(&[7; 9000]);
+            server.recv(&mut buffer).is_ok_and(|n| n == 9000)
+        });
+        assert!(
+            arrived,
+            "{mode}: no datagram of 9000 bytes reaches an MTU of 1500"
+        );
+    }
+}
