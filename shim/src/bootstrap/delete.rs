@@ -52,11 +52,14 @@ pub fn delete(flags: &Flags) -> anyhow::Result<DeleteResponse> {
     let _ = run(&mut command);
     // The mounts are the next call's again when they cannot be undone now.
     let _ = mounts::unmount_below(&bundle.join("rootfs"));
-    pod::cleanup(&flags.namespace, &flags.id, &bundle);
-    if let Some(socket) = address::of_bundle(&bundle)
-        && !address::is_served(&socket)
-    {
-        address::remove(&socket);
+    let socket = address::of_bundle(&bundle);
+    // containerd calls this for each container that it deleted. A shim that still serves has others, whose sockets need the
+    // notifier, and clears up after its pod itself.
+    if !socket.as_deref().is_some_and(address::is_served) {
+        pod::cleanup(&flags.namespace, &flags.id, &bundle);
+        if let Some(socket) = socket {
+            address::remove(&socket);
+        }
     }
     Ok(answer(pid))
 }

@@ -156,6 +156,63 @@ async fn delete_clears_what_a_killed_server_left_and_can_be_repeated() {
 }
 
 #[tokio::test]
+async fn delete_of_one_container_leaves_the_pod_of_a_living_server_alone() {
+    let world = World::new().await;
+    for id in ["first", "second"] {
+        world.add_bundle_with(id, &["sleep", "1000"], |spec| {
+            spec["annotations"] = serde_json::to_value(annotations(&[
+                ("io.containerd.runc.v2.group", "pod"),
+                ("kbp.io/worker", "none"),
+                ("kbp.io/busy-poll", "20"),
+            ]))
+            .expect("JSON");
+            let namespaces = spec["linux"]["namespaces"].as_array_mut();
+            namespaces
+                .expect("an array")
+                .push(serde_json::json!({ "type": "network" }));
+        });
+    }
+    let notifiers = || {
+        let all = fs::read_dir(world.path("kbp/notify")).into_iter().flatten();
+        all.flatten().count()
+    };
+    let first = world.start_shim("first").await;
+    let second = world.start_shim("second").await;
+    for (shim, id) in [(&first, "first"), (&second, "second")] {
+        within(shim.create(&world.create_request(id)))
+            .await
+            .expect("create");
+        shim.start_init(id).await;
+    }
+    assert_eq!(notifiers(), 1);
+
+    first.signal("first", "", 9).await.expect("kill");
+    assert_eq!(first.exit_status("first", "").await, 137);
+    first.remove("first", "").await.expect("delete");
+    let output = world.run(world.binary("first", &["delete"]), b"");
+    assert!(output.status.success(), "{output:?}");
+
+    assert_eq!(notifiers(), 1, "the second container's sockets need it");
+    assert!(world.path("kbp/pods/first.json").exists());
+    second
+        .add_exec("second", "e", &["true"])
+        .await
+        .expect("add a process");
+    second
+        .start_exec("second", "e")
+        .await
+        .expect("a new process finds the notifier");
+    assert_eq!(second.exit_status("second", "e").await, 0);
+
+    second.signal("second", "", 9).await.expect("kill");
+    assert_eq!(second.exit_status("second", "").await, 137);
+    second.remove("second", "").await.expect("delete");
+    second.end().await;
+    assert_eq!(notifiers(), 0);
+    assert!(!world.path("kbp/pods/first.json").exists());
+}
+
+#[tokio::test]
 async fn delete_of_what_never_was() {
     let world = World::new().await;
     let bundle = world.add_bundle("c", &["true"]);
