@@ -26,6 +26,13 @@ impl Uri {
             })
         };
         let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let path = decode(path, false)?;
+        // What follows the slashes would be a host, and a relative path is nobody's.
+        if !path.starts_with('/') {
+            return Err(Error::InvalidArgument(format!(
+                "{text}: the path is not absolute; write {scheme}:///directory/name"
+            )));
+        }
         let query = query
             .split('&')
             .filter(|pair| !pair.is_empty())
@@ -36,7 +43,7 @@ impl Uri {
             .collect::<Result<_>>()?;
         Ok(Self {
             scheme: scheme.to_ascii_lowercase(),
-            path: decode(path, false)?,
+            path,
             query,
         })
     }
@@ -83,6 +90,13 @@ mod tests {
                 ("-v".to_owned(), String::new())
             ]
         );
+        for relative in ["file://log", "file://", "binary://host/log"] {
+            let error = Uri::parse(relative).expect_err("refused").to_string();
+            assert!(
+                error.contains(relative) && error.contains("absolute"),
+                "{error}"
+            );
+        }
         assert!(Uri::parse("file:///a%2").is_err());
         assert!(Uri::parse("file:///a%ff").is_err());
     }
