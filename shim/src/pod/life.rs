@@ -22,9 +22,11 @@ use super::report::{Bare, Report, Share, Sockets};
 use super::treat::{self, HOST_NETWORK, Means, Support};
 use super::{Context, Refusal};
 use crate::sockets::{Event, Notifier, Treatment};
-use crate::spec::{CpuLimits, Spec};
+use crate::spec::{CpuLimits, Network, Spec};
 
 const NO_INTERFACE: &str = "there is no interface in the pod's network namespace";
+
+const OWN_NETWORK: &str = "it has a network of its own, and kbp looks after that of the pod's first container; give it the first one's network, or a pod of its own";
 
 /// Reads the node's settings.
 pub(super) type LoadConfig = Box<dyn Fn() -> kbp_poller::Result<Config> + Send + Sync>;
@@ -143,6 +145,7 @@ impl Pod {
                 support: None,
             }),
         };
+        let is_first = founded.first == request.id;
         let required = founded.asked.policy.required;
         self.required.store(required, Ordering::Release);
         let limits = spec.cpu_limits();
@@ -169,6 +172,12 @@ impl Pod {
         } else if !host_network {
             container.window = treat::window(&founded.asked, &container.limits, &self.context);
             edited = self.install(inner, &mut spec, &mut container, request);
+            if !is_first && spec.network() == Network::New {
+                container.degraded.push(Degraded {
+                    part: Part::PollableVeth,
+                    reason: OWN_NETWORK.to_owned(),
+                });
+            }
             if required && let Some(missing) = container.degraded.first() {
                 if let Some(notifier) = &inner.notifier {
                     notifier.dismiss(&request.id);

@@ -200,3 +200,31 @@ async fn a_required_pod_that_cannot_be_polled_is_taken_back() {
     bench.delete("pod").await;
     bench.assert_clean();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_further_container_with_a_network_of_its_own_is_told_or_refused() {
+    let bench = Bench::new(&[Net::Veth, Net::Empty]);
+    bench.create("pod", &plain_config()).await.expect("create");
+    assert_eq!(reasons(&bench.state(), Part::PollableVeth), "");
+    bench
+        .create("other", &plain_config())
+        .await
+        .expect("create");
+    let reason = reasons(&bench.state(), Part::PollableVeth);
+    assert!(
+        reason.contains("container other") && reason.contains("network of its own"),
+        "{reason}"
+    );
+    bench.delete("other").await;
+    bench.delete("pod").await;
+    bench.assert_clean();
+
+    let bench = Bench::new(&[Net::Veth]);
+    bench.create("pod", &required()).await.expect("create");
+    let refused = bench.create("other", &required()).await;
+    let (code, reason) = status(refused.expect_err("refused"));
+    assert_eq!(code, Code::FAILED_PRECONDITION);
+    assert!(reason.contains("network of its own"), "{reason}");
+    bench.delete("pod").await;
+    bench.assert_clean();
+}
