@@ -163,11 +163,15 @@ impl Record {
 
     /// The pod's interfaces are gone, and its worker with them.
     pub(crate) fn gone(&self) {
+        const REASON: &str = "the pod's interfaces are gone";
         self.change(|inner| {
             inner.state.interfaces.clear();
-            inner.links.clear();
+            inner.links = vec![Degraded {
+                part: Part::PollableVeth,
+                reason: REASON.to_owned(),
+            }];
             inner.state.worker = None;
-            "the pod's interfaces are gone".clone_into(&mut inner.state.worker_reason);
+            REASON.clone_into(&mut inner.state.worker_reason);
         });
     }
 

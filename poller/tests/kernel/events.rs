@@ -133,6 +133,13 @@ fn when_the_veth_is_gone_the_worker_ends() {
     wait_until("the thread to end", || {
         (!crate::node::thread_lives(tid)).then_some(())
     });
+    let missing = attachment.state().degraded;
+    assert!(
+        missing.len() == 1
+            && missing[0].part == Part::PollableVeth
+            && missing[0].reason.contains("gone"),
+        "{missing:?}"
+    );
     attachment.detach().expect("detach");
     assert_eq!(node.state_files(), Vec::<String>::new());
 }
