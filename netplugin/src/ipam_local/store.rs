@@ -5,13 +5,13 @@
 //! DEL reads every lease. It is written before the leases and removed after them: whatever a kill interrupts, it
 //! lists at least what is leased. It is believed only as far as the leases say the same.
 //!
-//! Every file appears whole, by rename, under a lock that the kernel drops with its holder.
+//! Leases and lists appear whole, by rename, under a lock that the kernel drops with its holder.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
 use std::net::IpAddr;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -273,9 +273,27 @@ impl Locked<'_> {
         CniError::join(failed).map_or(Ok(()), Err)
     }
 
-    /// Remembers which address of a range set was leased last.
+    /// Remembers which address of a range set was leased last. This file is changed in place: replacing a file makes
+    /// ext4 write it to the disk at once, which takes milliseconds, and it is only a hint. Whatever a kill leaves of
+    /// it, the next search starts somewhere.
     pub(crate) fn set_last(&self, set: usize, address: IpAddr) -> Result<()> {
-        self.write(&self.dir.join(format!("{LAST}{set}")), &address.to_string())
+        let path = self.dir.join(format!("{LAST}{set}"));
+        let text = address.to_string();
+        let length = text.len() as u64;
+        let write = || -> io::Result<()> {
+            let file = OpenOptions::new()
+                .create(true)
+                .truncate(false)
+                .write(true)
+                .mode(0o600)
+                .open(&path)?;
+            file.write_all_at(text.as_bytes(), 0)?;
+            if file.metadata()?.len() > length {
+                file.set_len(length)?;
+            }
+            Ok(())
+        };
+        write().map_err(|error| failed("write", &path, &error))
     }
 
     /// Writes a file that others see whole or not at all.
@@ -337,12 +355,14 @@ mod tests {
             .expect("note");
         locked.lease(ip("10.0.0.2"), &owner).expect("lease");
         locked.lease(ip("fd00::2"), &owner).expect("lease");
-        locked.set_last(1, ip("fd00::2")).expect("remember");
+        for last in ["fd00::1:0:0:2", "fd00::2"] {
+            locked.set_last(1, ip(last)).expect("remember");
+            assert_eq!(store.last(1).expect("read"), Some(ip(last)));
+        }
         let read = |name: &str| fs::read_to_string(dir.path().join("net").join(name)).expect(name);
         assert_eq!(read("10.0.0.2"), "c1\r\neth0");
         assert_eq!(read("fd00::2"), "c1\r\neth0");
         assert_eq!(read("last_reserved_ip.1"), "fd00::2");
-        assert_eq!(store.last(1).expect("read"), Some(ip("fd00::2")));
         assert_eq!(store.last(0).expect("read"), None);
         locked.release_all(&owner).expect("release");
         locked.release_all(&owner).expect("release again");

@@ -202,9 +202,19 @@ impl Bench<'_> {
             false => (self.amount.sequential, self.amount.at_once),
             true => (self.amount.sequential_dual, self.amount.at_once_dual),
         };
+        // No plugin shall have to make or remove what all pods of a node share: its bridge, its nftables table.
+        let configs = Arm::ALL.map(|arm| (arm, config(arm, variant, self.node.leases())));
+        let residents = Pod::several("resident", configs.len())?;
+        let each = || configs.iter().zip(&residents);
+        for ((arm, config), resident) in each() {
+            self.node.call(*arm, "ADD", resident, config)?;
+        }
         let mut rows = Vec::new();
         for (rounds, pods) in [(one, &self.pods[..1]), (many, &self.pods[..])] {
             rows.extend(self.rounds(variant, rounds, pods)?);
+        }
+        for ((arm, config), resident) in each() {
+            self.node.call(*arm, "DEL", resident, config)?;
         }
         Ok(rows)
     }
