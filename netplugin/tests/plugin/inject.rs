@@ -2,12 +2,14 @@
 //! are as they were.
 
 use std::fs;
+use std::os::fd::AsFd;
 use std::sync::mpsc;
 use std::thread;
 
 use kbp_kernel::notify::{Listener, Received, trap_calling_thread};
 use nix::errno::Errno;
 use nix::libc::{SYS_ioctl, SYS_sendmsg, SYS_sendto, SYS_socket};
+use nix::poll::{PollFd, PollFlags, poll};
 use serde_json::{Value, json};
 
 use crate::lifecycle::with_result;
@@ -18,6 +20,8 @@ use crate::world::{Answer, Pod, World};
 const STEPS: [i64; 4] = [SYS_sendto, SYS_sendmsg, SYS_ioctl, SYS_socket];
 /// More than any mode needs; a plugin that never ends would else keep the test going.
 const LIMIT: usize = 200;
+/// How long the end of the call may go unnoticed.
+const PATIENCE_MS: u16 = 5;
 
 /// Calls ADD with its n-th step failing; None when it has fewer steps.
 fn add_with_failing_step(world: &World, pod: &Pod, config: &Value, n: usize) -> Option<Answer> {
@@ -33,6 +37,9 @@ fn add_with_failing_step(world: &World, pod: &Pod, config: &Value, n: usize) -> 
         let listener = Listener::new(fd);
         let mut seen = 0;
         while !thread.is_finished() {
+            // Returns early on a call, and when nobody is left under the filter.
+            let mut ready = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+            poll(&mut ready, PATIENCE_MS).expect("wait for a call");
             match listener.receive().expect("receive") {
                 Received::Call(call) => {
                     let of_plugin = is_plugin(call.tid);
@@ -44,7 +51,7 @@ fn add_with_failing_step(world: &World, pod: &Pod, config: &Value, n: usize) -> 
                         listener.continue_call(call.id)
                     };
                 }
-                Received::Gone | Received::Closed => thread::yield_now(),
+                Received::Gone | Received::Closed => {}
             }
         }
         let answer = thread.join().expect("the call itself works");
