@@ -92,14 +92,13 @@ fn an_interrupted_demo_removes_everything() {
     for moment in ["building the image", "[ 1/"] {
         let mut running =
             Running::start(demo(out.path(), &["--arm", "stock"])).expect("start the demo");
-        wait_until(moment, LIMIT, || {
-            if running.stderr().contains(moment) {
-                Ok(())
-            } else {
-                Err(String::new())
-            }
-        })
-        .expect("the demo begins");
+        let pid = running.pid();
+        let begun = wait_until(moment, LIMIT, || match running.stderr().contains(moment) {
+            true => Ok(true),
+            false if kbp_tests::running(pid) => Err(String::new()),
+            false => Ok(false),
+        });
+        assert!(begun.expect("the demo begins"), "{}", running.stderr());
         let pid = Pid::from_raw(running.pid().cast_signed());
         for signal in [Signal::SIGINT, Signal::SIGINT, Signal::SIGTERM] {
             kill(pid, signal).expect("signal the demo");
