@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::thread;
 
+use nix::fcntl::{Flock, FlockArg};
 use serde_json::{Value, json};
 
 use crate::lifecycle::with_result;
@@ -229,4 +230,38 @@ fn gc_collects_leases_whose_attachment_is_not_valid() {
     quiet(&world, "GC", &keeping(&config, &[&stays]));
     assert_eq!(world.dump(), without);
     world.quiet("CHECK", &stays, &with_result(&config, &result));
+}
+
+#[test]
+fn a_failed_add_gives_back_what_it_leased() {
+    let world = World::new();
+    let config = local(&world, json!({}));
+    let pod = Pod::new("pod-a");
+    // The kernel refuses the route to the pod: that is after the lease.
+    world.host_command("ip", &["route", "add", "blackhole", "10.77.0.2/32"]);
+    failing(&world, &pod, &config).assert_error(100, &["10.77.0.2"]);
+    assert!(world.leases().is_empty());
+    // Files cannot be made where a file is.
+    let mut wrong = config.clone();
+    wrong["ipam"]["dataDir"] = json!("/proc/version");
+    failing(&world, &pod, &wrong).assert_error(5, &["/proc/version/kbptest", "dataDir"]);
+    node_call(&world, "STATUS", &wrong).assert_error(50, &["/proc/version/kbptest"]);
+    wrong["ipam"] = json!({ "type": "kbp-local", "ranges": [] });
+    failing(&world, &pod, &wrong).assert_error(7, &["ipam.ranges", "[]"]);
+}
+
+#[test]
+fn a_lock_that_another_process_keeps_is_not_waited_for_for_ever() {
+    let world = World::new();
+    let mut config = local(&world, json!({}));
+    config["ipamTimeout"] = json!(1);
+    let (a, b) = (Pod::new("pod-a"), Pod::new("pod-b"));
+    world.add(&a, &config);
+    let lock = std::fs::File::open(world.path("leases/kbptest/lock")).expect("open");
+    let lock = Flock::lock(lock, FlockArg::LockExclusive).expect("lock");
+    failing(&world, &b, &config).assert_error(11, &["kbptest/lock", "ipamTimeout"]);
+    // Looking needs no lock.
+    assert_eq!(world.leases().len(), 2);
+    drop(lock);
+    world.add(&b, &config);
 }
