@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::lifecycle::with_result;
-use crate::local_ipam::{addresses, small};
+use crate::local_ipam::{addresses, local, small};
 use crate::node::{keeping, quiet};
 use crate::world::{Pod, World, answer, environment, start};
 
@@ -40,8 +40,14 @@ fn killed_at_any_point_it_leaves_nothing_that_gc_does_not_clear() {
 
     let world = World::new();
     world.set_sysctl("net/ipv4/ip_forward", "1");
+    world.set_sysctl("net/ipv6/conf/all/forwarding", "1");
     // As many addresses as pods: one that is lost is missed.
-    let config = small(&world, &format!("10.77.0.{}", 1 + PODS));
+    let last = PODS + 1;
+    let ranges = json!([
+        [{ "subnet": "10.77.0.0/24", "rangeEnd": format!("10.77.0.{last}") }],
+        [{ "subnet": "fd77::/64", "rangeEnd": format!("fd77::{last}") }],
+    ]);
+    let config = local(&world, json!({ "ranges": ranges }));
     let pods: Vec<_> = (0..PODS).map(|n| Pod::new(&format!("pod-{n}"))).collect();
     quiet(&world, "GC", &keeping(&config, &[]));
     // The nftables table comes with the first and stays with the last: before is after one of each.
@@ -102,7 +108,7 @@ fn killed_at_any_point_it_leaves_nothing_that_gc_does_not_clear() {
     let mut all: Vec<_> = live.values().flat_map(addresses).collect();
     all.sort();
     all.dedup();
-    assert_eq!(all.len(), PODS, "{all:?}");
+    assert_eq!(all.len(), 2 * PODS, "{all:?}");
     collect(&world, &config, &pods, &BTreeMap::new());
     assert_eq!(world.dump(), before);
 }
@@ -150,5 +156,5 @@ fn collect(world: &World, config: &Value, pods: &[Pod], live: &BTreeMap<usize, V
     for (n, result) in live {
         world.quiet("CHECK", &pods[*n], &with_result(config, result));
     }
-    assert_eq!(world.leases().len(), live.len());
+    assert_eq!(world.leases().len(), 2 * live.len());
 }
