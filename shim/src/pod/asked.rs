@@ -28,6 +28,12 @@ impl Asked {
             config,
         })
     }
+
+    /// Refuses malformed annotations of a container for which the pod's first one has decided.
+    pub(super) fn check(spec: &Spec) -> Result<(), Refusal> {
+        Layer::from_annotations(&spec.annotations()?)?;
+        Ok(())
+    }
 }
 
 /// The `[kbp]` table of the options that CRI sends for a runtime type it does not know; a client's options have none.

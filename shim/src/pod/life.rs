@@ -138,7 +138,12 @@ impl Pod {
         request: &api::CreateTaskRequest,
     ) -> Result<Prepared, Refusal> {
         let founded = match inner.founded.take() {
-            Some(founded) => inner.founded.insert(founded),
+            Some(founded) => {
+                let founded = inner.founded.insert(founded);
+                // They decide nothing any more, but a mistake in them should not go unseen.
+                Asked::check(&spec)?;
+                founded
+            }
             None => inner.founded.insert(Founded {
                 asked: Asked::of(&spec, request.options.as_ref(), (self.config)()?)?,
                 first: request.id.clone(),

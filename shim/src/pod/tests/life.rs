@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use containerd_shim_protos::api;
 use containerd_shim_protos::shim_async::Task;
-use containerd_shim_protos::ttrpc::r#async::TtrpcContext;
+use containerd_shim_protos::ttrpc::{Code, r#async::TtrpcContext};
 use kbp_poller::state::Part;
 use serde_json::json;
 
@@ -116,8 +116,18 @@ async fn the_first_containers_policy_holds_for_the_pod() {
     bench.start("pod").await.expect("start the sandbox");
     let shared = bench.state().busy_poll_us;
 
-    // Its own annotations do not count, good or bad; its own limits do.
-    let mut app = own_network(json!({"kbp.io/worker": "nonsense"}));
+    // Malformed annotations are refused as they are in the first container, and the pod goes on.
+    let nonsense = own_network(json!({"kbp.io/worker": "nonsense"}));
+    let (code, reason) = status(bench.create("bad", &nonsense).await.expect_err("refused"));
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert!(
+        reason.contains("kbp.io/worker") && reason.contains("nonsense"),
+        "{reason}"
+    );
+    assert_eq!(bench.state().busy_poll_us, shared);
+
+    // Its own annotations do not count; its own limits do.
+    let mut app = own_network(json!({"kbp.io/busy-poll": "500"}));
     app["linux"]["resources"] = json!({"cpu": {"quota": 1000, "period": 100_000}});
     bench.create("app", &app).await.expect("create the app");
     bench.start("app").await.expect("start the app");
