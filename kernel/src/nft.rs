@@ -190,7 +190,9 @@ impl MasqueradeTable {
     }
 
     fn remove_where(&mut self, unwanted: impl Fn(&Masqueraded) -> bool) -> Result<usize> {
-        retry(&[ERESTART], CHEAP_ATTEMPTS, || {
+        // The kernel counts a new generation a moment before its changes are to be seen (nf_tables_commit in
+        // nf_tables_api.c): what is listed in between may have been removed in the generation that was asked for.
+        retry(&[ERESTART, libc::ENOENT], CHEAP_ATTEMPTS, || {
             let generation = self.generation()?;
             let unwanted = self.list()?.into_iter().filter(&unwanted);
             let requests: Vec<_> = unwanted
@@ -237,7 +239,7 @@ impl MasqueradeTable {
     /// Deletes the table when no address is left, atomically; whether it did. Leaves it where
     /// others change the tables without a pause.
     pub fn delete_if_unused(&mut self) -> Result<bool> {
-        let deleted = retry(&[ERESTART], CHEAP_ATTEMPTS, || {
+        let deleted = retry(&[ERESTART, libc::ENOENT], CHEAP_ATTEMPTS, || {
             let generation = self.generation()?;
             if !self.exists()? || !self.list()?.is_empty() {
                 return Ok(false);
