@@ -118,12 +118,14 @@ impl MasqueradeTable {
             });
         }
         let local = ranges::outermost(local);
-        let added = retry(&[ERESTART], CHEAP_ATTEMPTS, || {
+        let added = retry(&[ERESTART, libc::ENOENT], CHEAP_ATTEMPTS, || {
             self.add_to_complete(owner, addresses, &local)
         });
         match added {
             Ok(true) => return Ok(()),
-            Err(error) if error.errno() != Some(ERESTART) => return Err(error),
+            Err(error) if !matches!(error.errno(), Some(ERESTART | libc::ENOENT)) => {
+                return Err(error);
+            }
             // Not all of it is there, or others change the tables without a pause.
             _ => {}
         }
@@ -242,6 +244,12 @@ impl MasqueradeTable {
         let deleted = retry(&[ERESTART, libc::ENOENT], CHEAP_ATTEMPTS, || {
             let generation = self.generation()?;
             if !self.exists()? || !self.list()?.is_empty() {
+                return Ok(false);
+            }
+            // This waits for a transaction that is about to end in this very generation (see remove_where): what
+            // it adds is in the next list, and must not go with the table.
+            self.transact(Some(generation), vec![self.messages.create_table()])?;
+            if !self.list()?.is_empty() {
                 return Ok(false);
             }
             self.transact(Some(generation), vec![self.messages.delete_table()])

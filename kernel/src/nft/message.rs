@@ -80,9 +80,7 @@ impl Messages {
     /// Table, sets, chain and rules. What is there stays, only the rules are written anew: a rule
     /// has no name, so adding one that is there would double it.
     pub(super) fn structure(&self) -> Vec<Request> {
-        let attributes = vec![TableAttribute::Name(self.name.clone())];
-        let table = NfTablesMessage::NewTable(TableMessage { attributes });
-        let mut requests = vec![self.create("the table".to_owned(), table)];
+        let mut requests = vec![self.create_table()];
         for (index, family) in Family::ALL.into_iter().enumerate() {
             let ids = [1 + 2 * index as u32, 2 + 2 * index as u32];
             requests.push(self.create_set(family.pods, family, SetFlags::empty(), ids[0]));
@@ -94,6 +92,13 @@ impl Messages {
         requests.push(self.request("empty chain postrouting".to_owned(), 0, flush));
         requests.extend(Family::ALL.map(|family| self.create_rule(family)));
         requests
+    }
+
+    /// Creates the table; changes nothing when it is there.
+    pub(super) fn create_table(&self) -> Request {
+        let attributes = vec![TableAttribute::Name(self.name.clone())];
+        let table = NfTablesMessage::NewTable(TableMessage { attributes });
+        self.create("the table".to_owned(), table)
     }
 
     fn create_set(&self, set: &str, family: &Family, flags: SetFlags, id: u32) -> Request {
