@@ -123,10 +123,12 @@ impl MasqueradeTable {
         });
         match added {
             Ok(true) => return Ok(()),
-            Err(error) if !matches!(error.errno(), Some(ERESTART | libc::ENOENT)) => {
+            Err(error)
+                if !matches!(error.errno(), Some(ERESTART | libc::ENOENT | libc::EEXIST)) =>
+            {
                 return Err(error);
             }
-            // Not all of it is there, or others change the tables without a pause.
+            // Not all of it is there, or an address is, or others change the tables without a pause.
             _ => {}
         }
         retry(&[libc::EEXIST, libc::ENOENT], ATTEMPTS, || {
@@ -151,7 +153,8 @@ impl MasqueradeTable {
         })
     }
 
-    /// Adds `addresses` that are not there to a table that has everything else; whether it did. A
+    /// Adds `addresses` to a table that has everything else; whether it did. One that is there already is
+    /// EEXIST, which spares reading those of all other pods. A
     /// transaction that also deletes, as the general one does, makes the kernel wait for an RCU grace
     /// period, about 10 ms, when this socket is closed (nft_rcv_nl_event in nf_tables_api.c).
     fn add_to_complete(
@@ -163,12 +166,7 @@ impl MasqueradeTable {
         let generation = self.generation()?;
         let present = self.local()?;
         let covered = |range: &IpNet| present.iter().any(|other| other.contains(range));
-        let complete = self.is_active()?
-            && local.iter().all(covered)
-            && !self
-                .list()?
-                .iter()
-                .any(|entry| addresses.contains(&entry.address));
+        let complete = self.is_active()? && local.iter().all(covered);
         if complete && !addresses.is_empty() {
             let requests = addresses
                 .iter()

@@ -161,9 +161,10 @@ impl Messages {
             .with_flags(netlink_packet_core::NLM_F_APPEND)
     }
 
-    /// Adds an address to its set; one that is there keeps its owner.
+    /// Adds an address to its set; EEXIST when it is there.
     pub(super) fn add_pod(&self, address: IpAddr, owner: &str) -> Request {
         self.create_pod(address, owner, Some(owner))
+            .with_flags(netlink_packet_core::NLM_F_EXCL)
     }
 
     /// Adds an address to its set, whether it is there or not, with this owner.
