@@ -1,5 +1,7 @@
 //! What the machine's CPUs are and how busy they are.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result};
 use kbp_kernel::CpuId;
 use kbp_kernel::cpu::Topology;
@@ -11,6 +13,16 @@ const TICKS_PER_SECOND: f64 = 100.0;
 pub(crate) fn busy_seconds() -> Result<f64> {
     let stat = std::fs::read_to_string("/proc/stat").context("read /proc/stat")?;
     busy_ticks(&stat).map(|ticks| ticks as f64 / TICKS_PER_SECOND)
+}
+
+/// Share of all CPU time that other work takes at this moment, watched for a second; 0 to 1.
+pub(crate) fn other_work(cpus: usize) -> Result<f64> {
+    const WATCH: Duration = Duration::from_secs(1);
+    let before = busy_seconds()?;
+    // Not to await anything: the second is what is measured.
+    std::thread::sleep(WATCH);
+    let busy = busy_seconds()? - before;
+    Ok((busy / (WATCH.as_secs_f64() * cpus.max(1) as f64)).min(1.0))
 }
 
 fn busy_ticks(stat: &str) -> Result<u64> {

@@ -97,9 +97,11 @@ fn run(options: &Options, sandbox: &Sandbox) -> Result<ExitCode> {
     let begin = Instant::now();
     std::fs::create_dir_all(&options.out)
         .with_context(|| format!("create {}", options.out.display()))?;
-    let place = cpu::place(&Topology::read()?)?;
+    let topology = Topology::read()?;
+    let place = cpu::place(&topology)?;
     println!("{}", describe_placement(place));
-    eprintln!("starting a private containerd and building the image");
+    let other_work = describe_other_work(cpu::other_work(topology.online.len())?);
+    eprintln!("{other_work}\nstarting a private containerd and building the image");
     let node = Node::start(sandbox)?;
     let environment = format!("{}, {}, {}", kernel()?, cpu_model(), node.versions()?);
     let results = measure(options, &node, place)?;
@@ -120,7 +122,7 @@ fn run(options: &Options, sandbox: &Sandbox) -> Result<ExitCode> {
         report::latency_table(&latency),
         report::throughput_table(&throughput)
     );
-    println!("{}", explain(options, &environment, place));
+    println!("{}", explain(options, &environment, place, &other_work));
     if let Some(status) = &results.status {
         println!("\nkbpctl status, while the containers ran:\n{status}");
     }
@@ -219,6 +221,16 @@ fn panels(results: &Results) -> Vec<plot::Panel> {
     Workload::ALL.into_iter().filter_map(panel).collect()
 }
 
+fn describe_other_work(share: f64) -> String {
+    let percent = 100.0 * share;
+    let weight = match percent {
+        p if p < 2.0 => "so nothing else disturbs the figures",
+        p if p < 10.0 => "which disturbs the tail of the figures",
+        _ => "which disturbs every figure: take them again on a quiet machine",
+    };
+    format!("Other work took {percent:.0} % of the CPU time just before the demo, {weight}")
+}
+
 fn describe_placement(place: Placement) -> String {
     let (client, server) = (place.client, place.server);
     match place.relation {
@@ -233,15 +245,14 @@ fn describe_placement(place: Placement) -> String {
     }
 }
 
-fn explain(options: &Options, environment: &str, place: Placement) -> String {
+fn explain(options: &Options, environment: &str, place: Placement, other_work: &str) -> String {
     let text = format!(
         "How these figures were got: {environment}. {rounds} rounds; in each, every pair of containers was made anew, warmed up and \
          measured for about {seconds} s, once under io.containerd.runc.v2 with the reference CNI plugin ptp (stock) and once under \
          io.containerd.kbp.v1 with the CNI plugin kbp (kbp), in changing order. Same binaries, same spec, same cpusets ({placement}); \
          kbp with its defaults, no annotations. Each figure is the median over the rounds. CPU s is the busy time of all CPUs of the \
          machine during one measurement, so kbp's pollers and the start of the client are in it. redis-benchmark counts in steps of \
-         8 µs and shows a step's upper edge; its p99.9 is an upper bound. A machine that does other work at the same time shows other \
-         figures, in the tail above all.",
+         8 µs and shows a step's upper edge; its p99.9 is an upper bound. {other_work}.",
         rounds = options.rounds,
         seconds = options.seconds,
         placement = describe_placement(place),
