@@ -224,7 +224,7 @@ fn panels(results: &Results) -> Vec<plot::Panel> {
 fn describe_other_work(share: f64) -> String {
     let percent = 100.0 * share;
     let weight = match percent {
-        p if p < 2.0 => "so nothing else disturbs the figures",
+        p if p < 2.0 => "so nothing else disturbed the start",
         p if p < 10.0 => "which disturbs the tail of the figures",
         _ => "which disturbs every figure: take them again on a quiet machine",
     };
