@@ -13,6 +13,10 @@ use crate::{
 /// Longest that anything awaited in a test may take.
 pub const LIMIT: Duration = Duration::from_secs(20);
 
+/// Last command of a script whose output is looked at. On a busy machine `ctr` closes its end of the output as soon as it hears of the
+/// end of the process, with the stock shim as with any other, and what was written just before is lost.
+pub const LINGER: &str = "sleep 0.1";
+
 /// The OCI runtime behind the shim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Oci {
@@ -145,6 +149,18 @@ impl<'s> Lab<'s> {
     pub fn state(&self, id: &str) -> Option<PodState> {
         let states = state::read_all(&self.state_dir()).expect("state directory");
         states.into_iter().find(|s| s.id == id)
+    }
+
+    /// Expects that a container executes commands.
+    pub fn answers(&self, container: &str) {
+        let script = format!("echo here; {LINGER}");
+        let output = self
+            .containerd
+            .exec(container, ["sh", "-c", &script])
+            .expect("exec")
+            .success()
+            .expect("code");
+        assert_eq!(output.stdout, "here\n");
     }
 
     /// Waits until a process has a socket bound to a port, TCP or UDP.

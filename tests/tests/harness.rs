@@ -21,7 +21,7 @@ fn containers_leave_nothing(generation: Generation) {
         .expect("ADD")
         .ipv4()
         .expect("address");
-    let script = "ip -4 address show eth0; echo complaint >&2; exit 7";
+    let script = "ip -4 address show eth0; echo complaint >&2; sleep 0.1; exit 7";
     let output = containerd
         .run(&Run::new("c1", &rootfs, ["sh", "-c", script]).netns(&netns.path()))
         .expect("run");

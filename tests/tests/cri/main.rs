@@ -314,7 +314,9 @@ fn a_pod(generation: Generation) {
             node.ask(&node.ip(&pod));
             let exec = ExecSync {
                 container: first.clone(),
-                command: ["sh", "-c", "hostname; exit 4"].map(str::to_owned).to_vec(),
+                command: ["sh", "-c", "hostname; sleep 0.1; exit 4"]
+                    .map(str::to_owned)
+                    .to_vec(),
                 timeout: 10,
             };
             let result: ExecResult = node.call("RuntimeService/ExecSync", &exec).expect("exec");
