@@ -96,22 +96,8 @@ impl Container {
             ])
             .arg("--work-path")
             .arg(work);
-        command
-            .arg("--bundle")
-            .arg(&self.bundle)
-            .args(["--pid-file", PID_FILE]);
-        if self.options.no_pivot_root {
-            command.arg("--no-pivot");
-        }
-        if let Some(socket) = prepared.console_socket() {
-            command.args(["--console-socket", socket]);
-        }
-        command.arg(&self.id);
-        let stdio = prepared.take_child();
-        self.runtime
-            .run(&self.around.reaper, command, stdio)
-            .await
-            .map_err(|failure| failure.during("OCI runtime restore failed"))?;
+        self.run_for_init(command, None, &mut prepared, "OCI runtime restore failed")
+            .await?;
         let pid = read_pid(&self.bundle.join(PID_FILE))?;
         self.init_is(pid, prepared.start().await?);
         Ok(pid)

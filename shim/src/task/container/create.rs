@@ -1,6 +1,7 @@
 //! How a container comes to be: made by the OCI runtime, or prepared to be restored from a checkpoint.
 
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 
 use containerd_shim_protos::api::CreateTaskRequest;
@@ -103,26 +104,10 @@ impl Container {
 
     async fn create_init(&self, mut prepared: Prepared) -> Result<()> {
         let mut command = self.runtime.command();
-        command
-            .arg("create")
-            .arg("--bundle")
-            .arg(&self.bundle)
-            .args(["--pid-file", PID_FILE]);
-        if self.options.no_pivot_root {
-            command.arg("--no-pivot");
-        }
-        if self.options.no_new_keyring {
-            command.arg("--no-new-keyring");
-        }
-        if let Some(socket) = prepared.console_socket() {
-            command.args(["--console-socket", socket]);
-        }
-        command.arg(&self.id);
-        let stdio = prepared.take_child();
-        self.runtime
-            .run(&self.around.reaper, command, stdio)
-            .await
-            .map_err(|failure| failure.during("OCI runtime create failed"))?;
+        command.arg("create");
+        let keyring = self.options.no_new_keyring.then_some("--no-new-keyring");
+        self.run_for_init(command, keyring, &mut prepared, "OCI runtime create failed")
+            .await?;
         let created = async {
             Ok((
                 read_pid(&self.bundle.join(PID_FILE))?,
@@ -141,6 +126,34 @@ impl Container {
                 Err(error)
             }
         }
+    }
+
+    /// Runs the OCI runtime's `command` that makes the init, create or restore, with what both are told.
+    pub(super) async fn run_for_init(
+        &self,
+        mut command: Command,
+        own_flag: Option<&str>,
+        prepared: &mut Prepared,
+        failed: &'static str,
+    ) -> Result<()> {
+        command
+            .arg("--bundle")
+            .arg(&self.bundle)
+            .args(["--pid-file", PID_FILE]);
+        if self.options.no_pivot_root {
+            command.arg("--no-pivot");
+        }
+        command.args(own_flag);
+        if let Some(socket) = prepared.console_socket() {
+            command.args(["--console-socket", socket]);
+        }
+        command.arg(&self.id);
+        let stdio = prepared.take_child();
+        self.runtime
+            .run(&self.around.reaper, command, stdio)
+            .await
+            .map_err(|failure| failure.during(failed))?;
+        Ok(())
     }
 
     /// The OCI runtime has made the init.
