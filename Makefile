@@ -19,7 +19,7 @@ CONFIG = $(shell find config -type f | sort)
 help:
 	@echo 'make build      the four binaries in $(RELEASE)'
 	@echo 'make deps       install the Debian packages that build, tests and demo use (root)'
-	@echo 'make demo       stock runtime against kbp on this machine, about four minutes (root)'
+	@echo 'make demo       stock runtime against kbp on this machine, about two minutes (root)'
 	@echo 'make bench      the same, longer (root)'
 	@echo 'make bench-cni  ADD and DEL of the plugin against the reference plugins, under four minutes (root)'
 	@echo 'make test       every test, unit to end to end (root)'

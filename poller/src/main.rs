@@ -120,11 +120,15 @@ fn run(args: &AttachArgs) -> Result<()> {
         }),
         ..Layer::default()
     };
-    let policy = Policy {
+    let mut policy = Policy {
         // What is missing is told here, in the words of this tool.
         required: false,
         ..Policy::resolve(&[asked, config.policy])
     };
+    // Nobody makes these sockets poll, so that here a worker on idle cycles is what there is to gain.
+    if policy.worker == WorkerPolicy::Auto && config.cpus.is_empty() {
+        policy.worker = WorkerPolicy::Idle;
+    }
     if policy.worker == WorkerPolicy::None {
         bail!(
             "{} says worker = \"none\"; name another with --worker",

@@ -4,7 +4,6 @@
 //! ends are the pod's own sockets.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::time::Duration;
 
 use kbp_kernel::process::Scheduling;
@@ -14,14 +13,6 @@ use kbp_kernel::{CpuId, CpuSet};
 use crate::claim::{self, Claim, Site};
 use crate::policy::WorkerPolicy;
 use crate::state::WorkerState;
-
-/// What `auto` comes to on a node without a CPU pool.
-///
-/// `idle` rather than `none`: with requests a millisecond apart the idle-class worker takes p50 from 113 to 31–35 µs
-/// and p99 from 213 to about 110, because CPUs that poll do not halt; in a ping-pong, where the sockets' own
-/// windows never close, it changes nothing (12.7–13.3 against 13.5–14.3 µs). The price is idle cycles, while packets
-/// flow.
-pub const AUTO_WITHOUT_POOL: WorkerPolicy = WorkerPolicy::Idle;
 
 /// How long a worker polls on after the last packet was seen.
 pub const LEASE: Duration = Duration::from_millis(200);
@@ -74,64 +65,45 @@ impl Choice {
 
 /// Makes the worker that `asked` and the node allow.
 pub(crate) fn choose(asked: WorkerPolicy, site: &Site<'_>) -> Choice {
-    let pool_wanted = match asked {
-        WorkerPolicy::None => return Choice::none("none asked for"),
-        WorkerPolicy::Dedicated | WorkerPolicy::Shared => Some(asked),
-        WorkerPolicy::Auto if !site.pool.is_empty() => Some(WorkerPolicy::Shared),
-        WorkerPolicy::Auto | WorkerPolicy::Idle => None,
-    };
-    let Some(kind) = pool_wanted else {
-        return idle_or_none(asked, site, None);
-    };
-    match on_pool(kind, site) {
-        Ok(worker) => {
-            let why = match asked {
-                WorkerPolicy::Auto => "auto: the node has a CPU pool",
-                _ => "asked for by kbp.io/worker",
-            };
-            Choice {
-                reason: format!("{why}; CPU {} of the pool {}", worker.state.cpu, site.pool),
-                worker: Some(worker),
-                degraded: None,
-            }
-        }
-        Err(why) => idle_or_none(asked, site, Some(why)),
+    match asked {
+        WorkerPolicy::None => Choice::none("none asked for"),
+        // Not idle: with the sockets' own polling, an idle-class worker gained nothing that a CPU which does not
+        // halt would not give (1 ms between requests: p50 54 instead of 60 µs for 14 times the CPU time), cost a
+        // tenth of bulk TCP, and on shared CPUs took p99.9 from 70 µs to 4 ms. docs/architecture.md has the table.
+        WorkerPolicy::Auto if site.pool.is_empty() => Choice::none(
+            "auto: the node has no CPU pool, and the sockets' own polling does best alone",
+        ),
+        WorkerPolicy::Idle => chosen(idle(site), |worker| {
+            format!(
+                "asked for by kbp.io/worker; idle cycles of CPU {}",
+                worker.cpu
+            )
+        }),
+        WorkerPolicy::Auto => chosen(on_pool(WorkerPolicy::Shared, site), |worker| {
+            format!(
+                "auto: the node has a CPU pool; CPU {} of the pool {}",
+                worker.cpu, site.pool
+            )
+        }),
+        WorkerPolicy::Dedicated | WorkerPolicy::Shared => chosen(on_pool(asked, site), |worker| {
+            format!(
+                "asked for by kbp.io/worker; CPU {} of the pool {}",
+                worker.cpu, site.pool
+            )
+        }),
     }
 }
 
-/// The worker of nodes without a pool, or in place of one that could not be had because of `instead`.
-fn idle_or_none(asked: WorkerPolicy, site: &Site<'_>, instead: Option<String>) -> Choice {
-    let wanted = match asked {
-        WorkerPolicy::Idle => WorkerPolicy::Idle,
-        _ => AUTO_WITHOUT_POOL,
-    };
-    if wanted == WorkerPolicy::None {
-        return match instead {
-            Some(why) => Choice::failed(why),
-            None => Choice::none("auto: no CPU pool, and the sockets' own polling does as well"),
-        };
-    }
-    match idle(site) {
-        Ok(worker) => {
-            let mut reason = match (asked, &instead) {
-                (_, Some(why)) => format!("idle instead of {asked}: {why}"),
-                (WorkerPolicy::Idle, None) => "asked for by kbp.io/worker".to_owned(),
-                _ => "auto: the node has no CPU pool".to_owned(),
-            };
-            let _ = write!(reason, "; idle cycles of CPU {}", worker.state.cpu);
-            Choice {
-                // Auto asked for nothing in particular.
-                degraded: instead.filter(|_| asked != WorkerPolicy::Auto),
-                worker: Some(worker),
-                reason,
-            }
-        }
-        Err(why) => match instead {
-            Some(first) if first != why => {
-                Choice::failed(format!("{first}; and no idle worker: {why}"))
-            }
-            _ => Choice::failed(why),
+/// `outcome` with its reason. No other kind stands in for a worker that could not be had: sockets alone are better than
+/// one that was not asked for.
+fn chosen(outcome: Result<Worker, String>, reason: impl FnOnce(&WorkerState) -> String) -> Choice {
+    match outcome {
+        Ok(worker) => Choice {
+            reason: reason(&worker.state),
+            worker: Some(worker),
+            degraded: None,
         },
+        Err(why) => Choice::failed(why),
     }
 }
 

@@ -48,6 +48,7 @@ fn server(lab: &Lab<'_>, id: &str, netns: &std::path::Path) -> Run {
         .netns(netns)
         .seccomp()
         .annotation("kbp.io/busy-poll", "40")
+        .annotation("kbp.io/worker", "idle")
 }
 
 /// `kbpctl status`, as a person on the node sees it.

@@ -206,6 +206,7 @@ fn two_interfaces() {
         lab.containerd
             .start_container(
                 lab.container("c", ["sleep", "1000"])
+                    .annotation("kbp.io/worker", "idle")
                     .netns(&pod.netns.path()),
             )
             .expect("start");
@@ -240,6 +241,7 @@ fn kbp_outlives_containerd(lab: &Lab<'_>) {
     let run = lab
         .container("c", ["sleep", "1000"])
         .netns(&pod.netns.path())
+        .annotation("kbp.io/worker", "idle")
         .annotation("kbp.io/busy-poll", "45");
     lab.containerd.start_container(run).expect("start");
     let before = lab.state("c").expect("state");
@@ -348,6 +350,7 @@ fn the_network_goes_first() {
         lab.containerd
             .start_container(
                 lab.container("c", ["sleep", "1000"])
+                    .annotation("kbp.io/worker", "idle")
                     .netns(&pod.netns.path()),
             )
             .expect("start");

@@ -17,6 +17,7 @@ fn rounds(lab: &Lab<'_>, count: u32) {
         let run = lab
             .container(&id, ["/usr/bin/server", "epoll", "7000"])
             .netns(&pod.netns.path())
+            .annotation("kbp.io/worker", "idle")
             .seccomp();
         lab.containerd.start_container(run).expect("start");
         let pid = lab.containerd.pid(&id).expect("pid");
@@ -74,6 +75,7 @@ fn pods_at_once() {
                         let pod = lab.pod(&id);
                         let run = lab
                             .container(&id, ["sleep", "1000"])
+                            .annotation("kbp.io/worker", "idle")
                             .netns(&pod.netns.path());
                         lab.containerd.start_container(run).expect("start");
                         let state = lab.state(&id).expect("state");
@@ -186,6 +188,7 @@ fn a_killed_node_is_cleared_at_the_next_start(lab: &Lab<'_>) {
     lab.containerd
         .start_container(
             lab.container("c", ["sleep", "1000"])
+                .annotation("kbp.io/worker", "idle")
                 .netns(&pod.netns.path()),
         )
         .expect("again");

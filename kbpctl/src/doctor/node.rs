@@ -75,7 +75,7 @@ fn none_isolated() -> Check {
     Check::degraded(
         "cpu-pool",
         "cpus = \"isolated\", but the kernel isolates no CPU: there is no pool",
-        "workers take idle cycles (SCHED_IDLE); kbp.io/worker: dedicated is not to be had",
+        "only the sockets poll (kbp.io/worker: auto); dedicated and shared workers are not to be had",
         "isolcpus= on the kernel command line, or name the CPUs, such as cpus = \"2-3\"",
     )
 }
@@ -93,7 +93,7 @@ fn pool(pool: &CpuSet, topology: &Topology, usable: &CpuSet) -> Check {
             )
         };
         return Check::ok(NAME, format!("no pool; CPUs {online} are online{isolated}")).meaning(
-            "workers take idle cycles (SCHED_IDLE); kbp.io/worker: dedicated is not to be had",
+            "only the sockets poll (kbp.io/worker: auto); dedicated and shared workers are not to be had",
         );
     }
     let offline: CpuSet = pool.iter().filter(|c| !online.contains(*c)).collect();
