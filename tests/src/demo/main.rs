@@ -62,6 +62,8 @@ struct Results {
     throughput: BTreeMap<(Workload, Arm), Vec<stats::ThroughputSample>>,
     inactive: BTreeSet<String>,
     status: Option<String>,
+    /// The largest share of the CPU time that other work took when a round began; 0 to 1.
+    other_work: f64,
 }
 
 fn main() -> ExitCode {
@@ -100,12 +102,17 @@ fn run(options: &Options, sandbox: &Sandbox) -> Result<ExitCode> {
     let topology = Topology::read()?;
     let place = cpu::place(&topology)?;
     println!("{}", describe_placement(place));
-    let other_work = describe_other_work(cpu::other_work(topology.online.len())?);
-    eprintln!("{other_work}\nstarting a private containerd and building the image");
+    let cpus = topology.online.len();
+    let before = cpu::other_work(cpus)?;
+    eprintln!(
+        "{}\nstarting a private containerd and building the image",
+        describe_other_work(before)
+    );
     let node = Node::start(sandbox)?;
     let environment = format!("{}, {}, {}", kernel()?, cpu_model(), node.versions()?);
-    let results = measure(options, &node, place)?;
+    let results = measure(options, &node, place, cpus)?;
     drop(node);
+    let other_work = describe_other_work(results.other_work.max(before));
 
     let latency = rows(&results.latency, LatencyRow::of);
     let throughput = rows(&results.throughput, ThroughputRow::of);
@@ -140,7 +147,7 @@ fn run(options: &Options, sandbox: &Sandbox) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn measure(options: &Options, node: &Node<'_>, place: Placement) -> Result<Results> {
+fn measure(options: &Options, node: &Node<'_>, place: Placement, cpus: usize) -> Result<Results> {
     let mut results = Results::default();
     let arms = options
         .arm
@@ -148,6 +155,8 @@ fn measure(options: &Options, node: &Node<'_>, place: Placement) -> Result<Resul
     let steps = options.rounds as usize * arms.len() * Workload::ALL.len();
     let mut progress = Progress::new(steps, Duration::from_secs(u64::from(options.seconds) + 4));
     for round in 1..=options.rounds {
+        // No container runs at this moment, so what the CPUs do is somebody else's.
+        results.other_work = results.other_work.max(cpu::other_work(cpus)?);
         for workload in Workload::ALL {
             // The arms take turns in who goes first, so that a drift of the machine favours neither.
             let order: Vec<Arm> = if round % 2 == 1 {
@@ -224,11 +233,13 @@ fn panels(results: &Results) -> Vec<plot::Panel> {
 fn describe_other_work(share: f64) -> String {
     let percent = 100.0 * share;
     let weight = match percent {
-        p if p < 2.0 => "so nothing else disturbed the start",
+        p if p < 2.0 => "so nothing else disturbed it",
         p if p < 10.0 => "which disturbs the tail of the figures",
         _ => "which disturbs every figure: take them again on a quiet machine",
     };
-    format!("Other work took {percent:.0} % of the CPU time just before the demo, {weight}")
+    format!(
+        "Other work took up to {percent:.0} % of the CPU time in the seconds before the rounds, {weight}"
+    )
 }
 
 fn describe_placement(place: Placement) -> String {
