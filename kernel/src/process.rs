@@ -1,8 +1,10 @@
 //! Other processes: pidfds, their file descriptors and memory, signals; scheduling of threads; reaping of children.
 
+mod parent;
 mod reap;
 mod scheduling;
 
+pub use parent::end_with_parent;
 pub use reap::{Exit, ExitInfo, become_subreaper, consume, peek_ended, wait_any_peek};
 pub use scheduling::{
     Scheduling, affinity, cpu_time, last_cpu, scheduling, set_affinity, set_scheduling,

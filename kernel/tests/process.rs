@@ -260,3 +260,29 @@ fn brackets_and_blanks_in_a_thread_name_do_not_confuse() {
         .join()
         .expect("joined");
 }
+
+/// A thread starts a process that is to end with it, and ends: the process is killed, and says so to its parent.
+#[test]
+fn a_process_ends_with_the_thread_that_started_it() {
+    let start = |bound: bool| {
+        thread::spawn(move || {
+            let mut command = Command::new("sleep");
+            command.arg("600").stdin(Stdio::null());
+            if bound {
+                process::end_with_parent(&mut command);
+            }
+            Sleeper(command.spawn().expect("sleep"))
+        })
+        .join()
+        .expect("the thread")
+    };
+    let (mut bound, mut free) = (start(true), start(false));
+    let status = std::cell::Cell::new(None);
+    eventually("the end of the bound one", || {
+        status.set(bound.0.try_wait().expect("wait"));
+        status.get().is_some()
+    });
+    let signal = std::os::unix::process::ExitStatusExt::signal;
+    assert_eq!(status.get().and_then(|s| signal(&s)), Some(9));
+    assert!(free.0.try_wait().expect("wait").is_none(), "it lives on");
+}

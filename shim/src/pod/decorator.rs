@@ -148,10 +148,34 @@ impl Decorator {
         log_undo(id, "delete", deleted.map(|done| done.map(drop)));
     }
 
-    async fn forget(&self, id: &str) {
+    async fn forget(&self, ctx: &TtrpcContext, id: &str) {
         let id = id.to_owned();
-        self.blocking("take the pod apart", move |pod| pod.forget(&id))
-            .await;
+        let heir = self
+            .blocking("take the pod apart", move |pod| pod.forget(&id))
+            .await
+            .flatten();
+        if let Some(heir) = heir {
+            self.attach_heir(ctx, &heir).await;
+        }
+    }
+
+    /// Attaches the pod by the container that stands in for its first one. One that is still being created does so itself.
+    async fn attach_heir(&self, ctx: &TtrpcContext, id: &str) {
+        let state = api::StateRequest {
+            id: id.to_owned(),
+            ..Default::default()
+        };
+        let Ok(state) = self.next.state(ctx, state).await else {
+            return;
+        };
+        let runs = state.status() != api::Status::CREATED;
+        if state.pid == 0 {
+            return;
+        }
+        if let Err(refusal) = self.attach(id, state.pid, runs).await {
+            tracing::warn!("container {id}: {refusal}");
+            self.pod.attach_later();
+        }
     }
 }
 
@@ -200,7 +224,7 @@ impl Task for Decorator {
             },
             Err(error) => error,
         };
-        self.forget(&id).await;
+        self.forget(ctx, &id).await;
         self.blocking("restore the bundle", move |_| {
             restore(prepared.edited.as_ref())
         })
@@ -260,7 +284,7 @@ impl Task for Decorator {
             Err(error) => is_not_found(error),
         };
         if let Some(id) = container.filter(|_| gone) {
-            self.forget(&id).await;
+            self.forget(ctx, &id).await;
         }
         deleted
     }

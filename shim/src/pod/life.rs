@@ -378,19 +378,27 @@ impl Pod {
     }
 
     /// After a container is gone, or its creation failed. With the last one everything goes.
-    pub(super) fn forget(&self, id: &str) {
+    ///
+    /// Some: the pod's network was to be found by that container and has not been, and this other one stands in for it:
+    /// [attach](Self::attach) it, if it is there already.
+    pub(super) fn forget(&self, id: &str) -> Option<String> {
         let mut inner = self.lock();
-        if inner.containers.remove(id).is_none() {
-            return;
-        }
+        inner.containers.remove(id)?;
         if inner.containers.is_empty() {
             self.end_locked(&mut inner);
-            return;
+            return None;
         }
         if let Some(notifier) = &inner.notifier {
             notifier.dismiss(id);
         }
+        let heir = inner.replace_first(id);
         inner.tell_sockets();
+        heir
+    }
+
+    /// The pod could not be attached although it has to be: it is tried again, and refused, before the next process starts.
+    pub(super) fn attach_later(&self) {
+        self.awaits_interface.store(true, Ordering::Release);
     }
 
     /// Whether the pod's policy says `required`; false before its first container.
@@ -427,6 +435,24 @@ impl Pod {
 }
 
 impl Inner {
+    /// Has another container stand for the pod's network in place of `gone`, unless the pod is attached already.
+    fn replace_first(&mut self, gone: &str) -> Option<String> {
+        let founded = self.founded.as_mut()?;
+        if founded.first != gone || matches!(self.report, Some(Report::Attached(_))) {
+            return None;
+        }
+        // One that was given a network of its own only when there is no other: that is the pod's now.
+        let is_apart = |c: &Container| c.degraded.iter().any(|d| d.reason == OWN_NETWORK);
+        let (id, container) = self
+            .containers
+            .iter_mut()
+            .filter(|(_, c)| !c.host_network)
+            .min_by_key(|(_, c)| is_apart(c))?;
+        container.degraded.retain(|d| d.reason != OWN_NETWORK);
+        founded.first.clone_from(id);
+        Some(id.clone())
+    }
+
     fn sockets(&self) -> Sockets {
         let shares: Vec<Share<'_>> = self
             .containers

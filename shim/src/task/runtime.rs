@@ -106,6 +106,9 @@ impl Runtime {
     }
 
     /// Runs a prepared command. With `stdio` the streams are the container's; without, output is collected.
+    ///
+    /// The runtime's process is killed when the shim is: what it was doing is nobody's any more, and containerd has the
+    /// rest cleared by the shim's `delete`. Call it on a thread of the async runtime, which all live as long as the shim.
     pub async fn run(
         &self,
         reaper: &Reaper,
@@ -132,6 +135,7 @@ impl Runtime {
             }
         };
         stdio.apply(&mut command);
+        kbp_kernel::process::end_with_parent(&mut command);
         let child = reaper
             .spawn(&mut command)
             .map_err(|error| match error.kind() {

@@ -274,3 +274,42 @@ async fn a_checkpoint_is_the_runtime_s_with_criu() {
     assert!(call.ends_with(&expected), "{call}");
     assert!(!Path::new(&work).exists());
 }
+
+/// A shim that is killed takes along the runtime that hangs in the middle of a creation, and `delete` clears the rest.
+#[tokio::test]
+async fn a_runtime_that_hangs_ends_with_the_shim() {
+    for when in ["before", "behind"] {
+        let mut world = World::new().await;
+        // One that has done nothing yet, and one whose container is made already.
+        let hang = "echo $$ > $world/hanging.new; mv $world/hanging.new $world/hanging; while :; do sleep 0.05; done";
+        let made = match when {
+            "behind" => "runc \"$@\" </dev/null >/dev/null 2>&1; ",
+            _ => "",
+        };
+        add_runtime(
+            &mut world,
+            &format!("if [ $verb = create ]; then {made}{hang}; fi"),
+        );
+        world.add_bundle("c", &["sleep", "1000"]);
+        let shim = world.start_shim("c").await;
+        let pid = shim.pid;
+        let request = world.create_request("c");
+        let creation = tokio::spawn(async move { shim.create(&request).await });
+        let file = world.path("hanging");
+        until("the runtime's run", || file.exists()).await;
+        let runtime = fs::read_to_string(&file).expect("its pid");
+        let runtime: u32 = runtime.trim().parse().expect("a pid");
+        assert!(kbp_kernel::process::kill(pid, 9).expect("kill the shim"));
+        until("the runtime's end", || {
+            !Path::new(&format!("/proc/{runtime}/exe")).exists()
+        })
+        .await;
+        creation
+            .await
+            .expect("no panic")
+            .expect_err("its shim is gone");
+        let deleted = world.run(world.binary("c", &["delete"]), b"");
+        assert!(deleted.status.success(), "{deleted:?}");
+        assert_eq!(world.leftovers("c"), [""; 0], "hanging {when}");
+    }
+}

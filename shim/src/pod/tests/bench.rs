@@ -47,9 +47,10 @@ pub(super) struct Plain {
     /// `config.json` of each creation, as the OCI runtime would have read it.
     pub(super) seen: Mutex<Vec<Value>>,
     pub(super) nets: Mutex<Vec<Net>>,
-    pub(super) fail_create: bool,
-    /// Creations wait for this.
-    pub(super) gate: Option<tokio::sync::Semaphore>,
+    /// The container whose creation fails.
+    pub(super) fails: Option<&'static str>,
+    /// The container whose creation waits, and for what.
+    pub(super) gate: Option<(&'static str, tokio::sync::Semaphore)>,
 }
 
 impl Plain {
@@ -68,10 +69,10 @@ impl Plain {
         self.seen.lock().expect("lock").clone()
     }
 
-    pub(super) fn pid(&self, id: &str) -> u32 {
+    fn pid(&self, id: &str) -> Option<u32> {
         let children = self.children.lock().expect("lock");
-        let sleeper = children.iter().find(|s| s.id == id).expect("a child");
-        sleeper.child.id()
+        let sleeper = children.iter().find(|s| s.id == id)?;
+        Some(sleeper.child.id())
     }
 
     pub(super) fn spawn(&self, id: &str, net: Net) -> u32 {
@@ -165,7 +166,9 @@ impl Task for Plain {
         request: api::CreateTaskRequest,
     ) -> ttrpc::Result<api::CreateTaskResponse> {
         self.note("create", &request.id);
-        if let Some(gate) = &self.gate {
+        if let Some((id, gate)) = &self.gate
+            && *id == request.id
+        {
             gate.acquire().await.expect("open").forget();
         }
         let text =
@@ -177,7 +180,7 @@ impl Task for Plain {
             std::os::unix::net::UnixStream::connect(socket).expect("connect to the notifier");
         }
         self.seen.lock().expect("lock").push(config);
-        if self.fail_create {
+        if self.fails == Some(request.id.as_str()) {
             return Err(ttrpc::Error::RpcStatus(ttrpc::get_status(
                 Code::UNKNOWN,
                 "OCI runtime create failed",
@@ -202,13 +205,14 @@ impl Task for Plain {
         request: api::StateRequest,
     ) -> ttrpc::Result<api::StateResponse> {
         self.note("state", &request.id);
-        let pid = if self.gate.is_some() {
-            0
-        } else {
-            self.pid(&request.id)
+        let started = self.calls().contains(&format!("start {}", request.id));
+        let status = match started {
+            true => api::Status::RUNNING,
+            false => api::Status::CREATED,
         };
         Ok(api::StateResponse {
-            pid,
+            pid: self.pid(&request.id).unwrap_or(0),
+            status: status.into(),
             ..Default::default()
         })
     }
@@ -319,6 +323,21 @@ impl Bench {
             .create(&TtrpcContext::default(), request)
             .await
             .map(|r| r.pid)
+    }
+
+    /// Waits until the plain service has been called.
+    pub(super) async fn wait_for_call(&self, call: &str) {
+        let until = Instant::now() + LIMIT;
+        while !self.plain.calls().iter().any(|c| c == call) {
+            assert!(Instant::now() < until, "{call} has not come");
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Lets the creation go on that waits.
+    pub(super) fn open_gate(&self) {
+        let (_, gate) = self.plain.gate.as_ref().expect("a gate");
+        gate.add_permits(1);
     }
 
     pub(super) async fn start(&self, id: &str) -> ttrpc::Result<()> {

@@ -2,13 +2,12 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
-use std::time::Instant;
+use std::sync::{Arc, Mutex};
 
 use containerd_shim_protos::api;
 use containerd_shim_protos::shim_async::Task;
 use containerd_shim_protos::ttrpc::{Code, r#async::TtrpcContext};
-use kbp_poller::state::Part;
+use kbp_poller::state::{self, Part};
 use serde_json::json;
 
 use super::super::cleanup::cleanup_in;
@@ -87,7 +86,7 @@ async fn an_interface_that_never_comes_is_told() {
 async fn a_failed_creation_leaves_nothing() {
     let bench = Bench::with(
         Plain {
-            fail_create: true,
+            fails: Some("pod"),
             ..Plain::default()
         },
         "",
@@ -190,7 +189,7 @@ async fn a_second_creation_of_the_same_id_does_not_disturb_the_first() {
 #[tokio::test(flavor = "multi_thread")]
 async fn state_answers_while_a_container_is_created() {
     let plain = Plain {
-        gate: Some(tokio::sync::Semaphore::new(0)),
+        gate: Some(("pod", tokio::sync::Semaphore::new(0))),
         ..Plain::default()
     };
     let bench = Arc::new(Bench::with(plain, ""));
@@ -198,17 +197,13 @@ async fn state_answers_while_a_container_is_created() {
         let bench = bench.clone();
         async move { bench.create("pod", &plain_config()).await }
     });
-    let until = Instant::now() + LIMIT;
-    while bench.plain.calls().is_empty() {
-        assert!(Instant::now() < until);
-        tokio::task::yield_now().await;
-    }
+    bench.wait_for_call("create pod").await;
     bench
         .service
         .state(&TtrpcContext::default(), api::StateRequest::default())
         .await
         .expect("state");
-    bench.plain.gate.as_ref().expect("gate").add_permits(1);
+    bench.open_gate();
     creating.await.expect("no panic").expect("create");
 }
 
@@ -270,4 +265,65 @@ async fn cleanup_after_a_killed_shim_removes_everything_once_and_again() {
         "pod",
         Path::new("/nonexistent"),
     );
+}
+
+/// Two containers without a sandbox, of which the first comes to nothing: the pod is the other one's.
+#[tokio::test(flavor = "multi_thread")]
+async fn another_container_stands_in_for_a_first_one_that_failed() {
+    let bench = Bench::with(
+        Plain {
+            nets: Mutex::new(vec![Net::Veth]),
+            fails: Some("pod"),
+            gate: Some(("pod", tokio::sync::Semaphore::new(0))),
+            ..Plain::default()
+        },
+        "",
+    );
+    let bench = Arc::new(bench);
+    let first = tokio::spawn({
+        let bench = bench.clone();
+        async move { bench.create("pod", &plain_config()).await }
+    });
+    bench.wait_for_call("create pod").await;
+    bench
+        .create("other", &plain_config())
+        .await
+        .expect("create the other");
+    assert!(
+        state::read_all(&bench.state_dir())
+            .expect("states")
+            .is_empty(),
+        "the network is the first one's to find"
+    );
+    bench.open_gate();
+    first.await.expect("no panic").expect_err("it fails");
+
+    let state = bench.state();
+    assert_eq!(state.interfaces.len(), 1, "{state:?}");
+    assert_eq!(state.degraded, [], "its network is the pod's now");
+    bench.start("other").await.expect("start");
+    bench.delete("other").await;
+    bench.assert_clean();
+}
+
+/// The same, when the first one goes after its creation, before there was an interface.
+#[tokio::test(flavor = "multi_thread")]
+async fn another_container_stands_in_for_a_first_one_that_went() {
+    let bench = Bench::new(&[Net::Empty, Net::Empty]);
+    bench.create("pod", &plain_config()).await.expect("create");
+    let pid = bench
+        .create("other", &plain_config())
+        .await
+        .expect("create");
+    bench.delete("pod").await;
+    add_veth(pid);
+    bench.start("other").await.expect("start");
+    let state = bench.state();
+    assert_eq!(
+        (state.interfaces.len(), state.degraded.as_slice()),
+        (1, [].as_slice()),
+        "{state:?}"
+    );
+    bench.delete("other").await;
+    bench.assert_clean();
 }
