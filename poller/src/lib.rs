@@ -2,10 +2,12 @@
 //!
 //! [`policy`] says what a pod asked for, [`config`] what the node allows, [`endpoint`] finds the pod's veth from both sides,
 //! [`tune`] sets it up, [`claim`] hands out CPUs, [`worker`] polls, [`keeper`] keeps its lease at the [`pace`] of the traffic,
-//! [`attach`] puts these together, and [`state`] tells the world what the [`record`] holds.
+//! [`attach`] puts these together for one process, [`api`] and [`client`] reach the node's daemon, and [`state`] tells the world what the [`record`] holds.
 
+pub mod api;
 pub mod attach;
 pub mod claim;
+pub mod client;
 pub mod config;
 pub mod endpoint;
 pub mod error;

@@ -36,6 +36,16 @@ pub enum Part {
     EpollBusyPoll,
 }
 
+impl Part {
+    /// Every part.
+    pub const ALL: [Self; 4] = [
+        Self::PollableVeth,
+        Self::Worker,
+        Self::SocketBusyPoll,
+        Self::EpollBusyPoll,
+    ];
+}
+
 impl std::fmt::Display for Part {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.pad(match self {
