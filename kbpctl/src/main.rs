@@ -43,6 +43,9 @@ enum Command {
         /// Prints JSON: `{"verdict": "...", "checks": [...]}`.
         #[arg(long)]
         json: bool,
+        /// Socket of the containerd whose configuration and PATH are looked at.
+        #[arg(long, value_name = "SOCKET", env = "CONTAINERD_ADDRESS", default_value = doctor::containerd::SOCKET)]
+        address: PathBuf,
     },
 }
 
@@ -61,7 +64,7 @@ fn main() -> ExitCode {
             verbose,
             state_dir,
         } => status::run(state_dir.as_deref(), json, verbose).map(|text| (text, 0)),
-        Command::Doctor { json } => doctor::run(json),
+        Command::Doctor { json, address } => doctor::run(json, &address),
     };
     match outcome {
         Ok((text, status)) => {

@@ -41,25 +41,34 @@ fn text(bytes: &[u8]) -> &str {
 fn programs() -> TempDir {
     let dir = tempfile::tempdir().expect("tempdir");
     for (name, script) in [
-        ("containerd", "echo containerd x v2.1.9 y"),
+        (
+            "containerd",
+            "case $1 in --version) echo containerd x v2.1.9 y;; esac",
+        ),
         (
             "runc",
             r#"case $1 in features) echo '{"linux":{"seccomp":{"enabled":true,"actions":["SCMP_ACT_NOTIFY"]}}}';; *) echo runc version 1.2;; esac"#,
         ),
         ("containerd-shim-kbp-v1", ""),
-        ("kbp", ""),
+        ("kbp", r#"echo '{"supportedVersions":["1.0.0"]}'"#),
         ("host-local", ""),
     ] {
         let file = dir.path().join(name);
         fs::write(&file, format!("#!/bin/sh\n{script}\n")).expect("write");
         fs::set_permissions(&file, PermissionsExt::from_mode(0o755)).expect("chmod");
     }
+    let list = r#"{"name":"n","cniVersion":"1.0.0","plugins":[{"type":"kbp"}]}"#;
+    fs::write(dir.path().join("10-kbp.conflist"), list).expect("write");
     dir
 }
 
 fn doctor(path: &Path, args: &[&str]) -> Command {
     let mut command = kbpctl(&[&["doctor"], args].concat());
-    command.env("PATH", path).env("CNI_PATH", path);
+    command
+        .env("PATH", path)
+        .env("CNI_PATH", path)
+        .env("NETCONFPATH", path)
+        .env("CONTAINERD_ADDRESS", path.join("containerd.sock"));
     command
 }
 
@@ -103,12 +112,14 @@ fn doctor_tries_the_kernel_and_its_status_is_the_worst_line() {
             "{tried}"
         );
     }
+    // It is there, but does not run.
+    assert_eq!(find(&checks, "containerd")["verdict"], "degraded");
     for name in [
         "oci-runtime",
-        "containerd",
         "shim",
         "cni-plugin",
         "ipam-plugin",
+        "cni-config",
         "config",
     ] {
         assert_eq!(find(&checks, name)["verdict"], "ok", "{name}");

@@ -1,8 +1,14 @@
 //! `kbpctl doctor`: everything that kbp needs, tried one by one.
 
+mod cni;
+pub(crate) mod containerd;
 mod kernel;
 mod node;
+mod power;
+pub(crate) mod program;
 mod software;
+
+use std::path::Path;
 
 use anyhow::Result;
 use serde::Serialize;
@@ -101,20 +107,29 @@ struct Report {
 }
 
 /// The whole output and the exit status.
-pub(crate) fn run(json: bool) -> Result<(String, u8)> {
-    let privileged = nix::unistd::geteuid().is_root();
-    let (config, config_check) = node::config();
-    let mut checks = vec![node::privileges(privileged), config_check];
-    checks.extend(kernel::checks(privileged, config.as_ref()));
-    checks.extend(node::checks(config.as_ref()));
-    checks.extend(software::checks(config.as_ref()));
-    let report = report(checks);
+pub(crate) fn run(json: bool, address: &Path) -> Result<(String, u8)> {
+    let report = examine(address);
     let text = if json {
         serde_json::to_string_pretty(&report)? + "\n"
     } else {
         render(&report)
     };
     Ok((text, report.verdict as u8))
+}
+
+/// Tries everything.
+fn examine(address: &Path) -> Report {
+    let privileged = nix::unistd::geteuid().is_root();
+    let (config, config_check) = node::config();
+    let mut checks = vec![node::privileges(privileged), config_check];
+    checks.extend(kernel::checks(privileged, config.as_ref()));
+    checks.extend(node::checks(config.as_ref()));
+    checks.extend(power::checks(privileged));
+    let (containerd, node) = containerd::checks(address);
+    checks.extend(containerd);
+    checks.extend(software::checks(config.as_ref(), &node));
+    checks.extend(cni::checks(&node));
+    report(checks)
 }
 
 fn report(checks: Vec<Check>) -> Report {

@@ -7,7 +7,7 @@ mod cpu;
 mod interrupt;
 mod node;
 mod output;
-mod plot;
+
 mod progress;
 mod report;
 mod stats;
@@ -22,8 +22,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use kbp_kernel::cpu::Topology;
+use kbp_plot::RGBColor;
 use kbp_tests::Sandbox;
-use plotters::style::RGBColor;
 
 use cpu::{Placement, Relation};
 use interrupt::Interrupt;
@@ -122,7 +122,7 @@ fn run(options: &Options, sandbox: &Sandbox) -> Result<ExitCode> {
         "Round trip between two containers of one node: median of {} rounds, band from the best to the worst",
         options.rounds
     );
-    plot::write(&options.out, &title, &panels(&results))?;
+    kbp_plot::write(&options.out, &title, &panels(&results))?;
 
     println!(
         "\n{}\n{}",
@@ -208,11 +208,11 @@ fn rows<S, R>(
         .collect()
 }
 
-fn panels(results: &Results) -> Vec<plot::Panel> {
+fn panels(results: &Results) -> Vec<kbp_plot::Panel> {
     let panel = |workload: Workload| {
         let curve = |(arm, colour): (Arm, RGBColor)| {
             let samples = results.latency.get(&(workload, arm))?;
-            Some(plot::Curve {
+            Some(kbp_plot::Curve {
                 label: arm.name().to_owned(),
                 colour,
                 points: stats::curve(samples),
@@ -222,7 +222,7 @@ fn panels(results: &Results) -> Vec<plot::Panel> {
             .into_iter()
             .filter_map(curve)
             .collect();
-        (!curves.is_empty()).then(|| plot::Panel {
+        (!curves.is_empty()).then(|| kbp_plot::Panel {
             title: workload.title().to_owned(),
             curves,
         })

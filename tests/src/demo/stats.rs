@@ -1,5 +1,6 @@
 //! What one measurement yields, and the medians over the rounds.
 
+use kbp_plot::CurvePoint;
 use serde::Serialize;
 
 /// Latencies and cost of one measurement.
@@ -60,15 +61,6 @@ pub(crate) struct ThroughputRow {
     pub(crate) gbit_per_second: f64,
     pub(crate) retransmits: u64,
     pub(crate) cpu_seconds: f64,
-}
-
-/// One point of a latency curve over the rounds.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct CurvePoint {
-    pub(crate) quantile: f64,
-    pub(crate) low_us: f64,
-    pub(crate) median_us: f64,
-    pub(crate) high_us: f64,
 }
 
 /// The median; of an even number of values, the mean of the two in the middle. None of nothing.

@@ -1,4 +1,4 @@
-//! The latency plot: for each workload the whole curve from the median to the far tail, both arms, as SVG and PNG.
+//! The latency plot: for each workload the whole curve from the median to the far tail, every arm, as SVG and PNG.
 
 use std::ops::Range;
 use std::path::Path;
@@ -10,7 +10,7 @@ use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 use plotters::style::{FontStyle, register_font};
 
-use crate::stats::CurvePoint;
+pub use plotters::style::RGBColor;
 
 /// Debian's fonts-dejavu-core; the bitmap needs a font, an SVG's viewer brings its own.
 const FONT: &str = "/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf";
@@ -19,26 +19,41 @@ const INK: RGBColor = RGBColor(40, 44, 52);
 const GRID: RGBColor = RGBColor(222, 224, 228);
 const SIZE: (u32, u32) = (1200, 600);
 
+/// One point of a latency curve over the rounds.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct CurvePoint {
+    /// Share of the requests that are at least this fast, 0 to 1.
+    pub quantile: f64,
+    /// The best round, µs.
+    pub low_us: f64,
+    /// The median over the rounds, µs.
+    pub median_us: f64,
+    /// The worst round, µs.
+    pub high_us: f64,
+}
+
 /// The curves of one workload.
-pub(crate) struct Panel {
+#[derive(Debug, Clone)]
+pub struct Panel {
     /// Above the panel.
-    pub(crate) title: String,
+    pub title: String,
     /// One curve an arm.
-    pub(crate) curves: Vec<Curve>,
+    pub curves: Vec<Curve>,
 }
 
 /// The curve of one arm.
-pub(crate) struct Curve {
+#[derive(Debug, Clone)]
+pub struct Curve {
     /// In the legend.
-    pub(crate) label: String,
+    pub label: String,
     /// Its colour.
-    pub(crate) colour: RGBColor,
+    pub colour: RGBColor,
     /// Over the rounds.
-    pub(crate) points: Vec<CurvePoint>,
+    pub points: Vec<CurvePoint>,
 }
 
-/// Writes `latency.svg` and `latency.png` into `directory`.
-pub(crate) fn write(directory: &Path, title: &str, panels: &[Panel]) -> Result<()> {
+/// Writes `latency.svg` and `latency.png` into `directory`. Needs the font of Debian's package fonts-dejavu-core.
+pub fn write(directory: &Path, title: &str, panels: &[Panel]) -> Result<()> {
     let font = std::fs::read(FONT)
         .with_context(|| format!("read {FONT} (Debian package fonts-dejavu-core)"))?;
     // plotters keeps fonts for the life of the process, and this process draws once.

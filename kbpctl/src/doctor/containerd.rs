@@ -1,0 +1,545 @@
+//! containerd: the one that runs, the configuration that it has loaded, and where it looks for programs.
+
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use kbp_poller::state;
+use toml::{Table, Value};
+
+use super::program::{find, first_line, major_minor, output};
+use super::{Check, Verdict};
+
+/// containerd's default address.
+pub(crate) const SOCKET: &str = "/run/containerd/containerd.sock";
+const CONFIG: &str = "/etc/containerd/config.toml";
+/// Where containerd, nerdctl and CRI-O look for CNI plugins.
+const CNI_DIRS: [&str; 4] = [
+    "/opt/cni/bin",
+    "/usr/lib/cni",
+    "/usr/libexec/cni",
+    "/usr/local/libexec/cni",
+];
+const CNI_CONF_DIR: &str = "/etc/cni/net.d";
+/// The CRI plugin's tables in config formats 2 and 3.
+const CRI: [&str; 2] = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"];
+const RUNTIME: &str = "io.containerd.kbp.v1";
+const ANNOTATIONS: &str = "kbp.io/*";
+/// `/proc/PID/stat` counts in these.
+const TICKS_PER_SECOND: u64 = 100;
+
+/// Where programs and network configurations are looked for on this node.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Node {
+    /// PATH, containerd's own where it runs.
+    pub(crate) path: Vec<PathBuf>,
+    /// Whether that is containerd's.
+    pub(crate) path_is_containerds: bool,
+    /// Directories of CNI plugins.
+    pub(crate) cni_bin: Vec<PathBuf>,
+    /// Directory of network configurations.
+    pub(crate) cni_conf: PathBuf,
+    /// Who says so.
+    pub(crate) cni_source: String,
+}
+
+/// The process at the other end of containerd's socket.
+#[derive(Debug)]
+struct Running {
+    pid: u32,
+    exe: Option<PathBuf>,
+    arguments: Vec<String>,
+    path: Option<String>,
+    started: Option<SystemTime>,
+}
+
+/// Checks containerd and finds out where it looks for the rest.
+pub(super) fn checks(address: &Path) -> (Vec<Check>, Node) {
+    let own = std::env::var_os("PATH").unwrap_or_default();
+    let mut node = Node {
+        path: std::env::split_paths(&own).collect(),
+        cni_bin: CNI_DIRS.iter().map(PathBuf::from).collect(),
+        cni_conf: PathBuf::from(CNI_CONF_DIR),
+        cni_source: "the usual places; containerd's own could not be asked".to_owned(),
+        ..Node::default()
+    };
+    let running = running(address);
+    if let Ok(Some(running)) = &running
+        && let Some(path) = &running.path
+    {
+        node.path = std::env::split_paths(path).collect();
+        node.path_is_containerds = true;
+    }
+    // The file that runs may be another than the first in PATH.
+    let exe = running.as_ref().ok().and_then(Option::as_ref);
+    let exe = exe.and_then(|r| r.exe.clone());
+    let binary = exe.or_else(|| find("containerd", &node.path));
+    let mut checks = vec![containerd(binary.as_deref(), address, &running)];
+    if let Some(binary) = &binary {
+        let config = config_file(running.as_ref().ok().and_then(Option::as_ref));
+        checks.extend(configuration(
+            binary,
+            &config,
+            running.ok().flatten().as_ref(),
+            &mut node,
+        ));
+    }
+    // As nerdctl, cnitool and ctr's own callers are told.
+    if let Some(named) = std::env::var_os("CNI_PATH") {
+        node.cni_bin = std::env::split_paths(&named).collect();
+    }
+    if let Some(named) = std::env::var_os("NETCONFPATH") {
+        node.cni_conf = PathBuf::from(named);
+        node.cni_source = "NETCONFPATH".to_owned();
+    }
+    (checks, node)
+}
+
+/// Who listens at `address`; None: nobody, an error: that cannot be told.
+fn running(address: &Path) -> Result<Option<Running>, String> {
+    let socket = match UnixStream::connect(address) {
+        Ok(socket) => socket,
+        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => return Err(e.to_string()),
+        Err(_) => return Ok(None),
+    };
+    let pid = kbp_kernel::fd::peer(&socket)
+        .map_err(|e| e.to_string())?
+        .pid;
+    let proc = PathBuf::from(format!("/proc/{pid}"));
+    let read = |name: &str| std::fs::read(proc.join(name)).unwrap_or_default();
+    let strings = |bytes: Vec<u8>| -> Vec<String> {
+        let parts = bytes.split(|b| *b == 0);
+        parts
+            .map(|p| String::from_utf8_lossy(p).into_owned())
+            .collect()
+    };
+    Ok(Some(Running {
+        pid,
+        exe: std::fs::read_link(proc.join("exe"))
+            .ok()
+            .filter(|exe| exe.is_file()),
+        arguments: strings(read("cmdline")),
+        // Of its environment nothing else is looked at.
+        path: strings(read("environ"))
+            .iter()
+            .find_map(|line| line.strip_prefix("PATH=").map(str::to_owned)),
+        started: started(pid),
+    }))
+}
+
+/// When a process started.
+fn started(pid: u32) -> Option<SystemTime> {
+    let stat = std::fs::read_to_string("/proc/stat").ok()?;
+    let boot: u64 = stat
+        .lines()
+        .find_map(|l| l.strip_prefix("btime "))?
+        .trim()
+        .parse()
+        .ok()?;
+    let ticks = state::start_time(pid)?;
+    Some(UNIX_EPOCH + Duration::from_secs(boot + ticks / TICKS_PER_SECOND))
+}
+
+/// The file that the running containerd was told to read, else the default one.
+fn config_file(running: Option<&Running>) -> PathBuf {
+    let arguments = running.map_or(&[][..], |r| &r.arguments);
+    let mut words = arguments.iter().skip(1);
+    while let Some(word) = words.next() {
+        for flag in ["--config", "-c", "-config"] {
+            if word == flag
+                && let Some(file) = words.next()
+            {
+                return PathBuf::from(file);
+            }
+            if let Some(file) = word.strip_prefix(&format!("{flag}=")) {
+                return PathBuf::from(file);
+            }
+        }
+    }
+    PathBuf::from(CONFIG)
+}
+
+fn containerd(
+    file: Option<&Path>,
+    address: &Path,
+    running: &Result<Option<Running>, String>,
+) -> Check {
+    const NAME: &str = "containerd";
+    let Some(file) = file else {
+        return Check::broken(
+            NAME,
+            "containerd is not in PATH, and nothing listens on its socket",
+            "nothing starts the shim",
+            "install containerd 1.6 or later (Debian: apt-get install containerd)",
+        );
+    };
+    let version = match first_line(file, &["--version"]) {
+        Ok(version) => version,
+        Err(reason) => {
+            return Check::broken(
+                NAME,
+                format!("{} --version: {reason}", file.display()),
+                "nothing starts the shim",
+                "install containerd 1.6 or later anew",
+            );
+        }
+    };
+    let found = format!("{}: {version}", file.display());
+    if major_minor(&version).is_some_and(|v| v < (1, 6)) {
+        return Check::broken(
+            NAME,
+            found,
+            "this containerd speaks no protocol that the shim knows",
+            "containerd 1.6 or later",
+        );
+    }
+    match running {
+        Ok(Some(running)) => Check::ok(
+            NAME,
+            format!(
+                "{found}; process {} listens on {}",
+                running.pid,
+                address.display()
+            ),
+        ),
+        Ok(None) => Check::degraded(
+            NAME,
+            format!("{found}; nothing listens on {}", address.display()),
+            "no container starts there until it runs; its configuration and PATH are guessed below",
+            "systemctl start containerd, or kbpctl doctor --address with the socket of the one that runs (k3s: /run/k3s/containerd/containerd.sock)",
+        ),
+        Err(reason) => Check::degraded(
+            NAME,
+            format!(
+                "{found}; the socket {} cannot be opened: {reason}",
+                address.display()
+            ),
+            "its configuration and PATH are guessed below",
+            "run kbpctl doctor as root",
+        ),
+    }
+}
+
+/// The configuration as containerd itself puts it together from defaults, file and imports.
+fn configuration(
+    binary: &Path,
+    file: &Path,
+    running: Option<&Running>,
+    node: &mut Node,
+) -> Vec<Check> {
+    const NAME: &str = "containerd-config";
+    let file_text = file.display().to_string();
+    // containerd takes a file that is not there for an error when it is named, and for the default when it is not.
+    let arguments: Vec<&str> = match file.exists() {
+        true => vec!["--config", &file_text, "config", "dump"],
+        false => vec!["config", "default"],
+    };
+    let dump = output(binary, &arguments).and_then(|text| {
+        text.parse::<Table>()
+            .map_err(|e| format!("what it prints is no TOML: {}", e.message()))
+    });
+    let dump = match dump {
+        Ok(dump) => dump,
+        Err(reason) => {
+            return vec![Check::broken(
+                NAME,
+                format!("{} {}: {reason}", binary.display(), arguments.join(" ")),
+                "containerd does not start with this configuration, or starts without what it was told",
+                format!("mend {file_text}; `containerd config dump` says when it is well"),
+            )];
+        }
+    };
+    let mut checks = vec![handler(&dump, &file_text)];
+    if let Some(running) = running
+        && let (Some(started), Ok(written)) = (
+            running.started,
+            file.metadata().and_then(|m| m.modified()),
+        )
+        // The start is known to the second only.
+        && written > started + Duration::from_secs(2)
+    {
+        checks.push(Check::degraded(
+            "containerd-restart",
+            format!(
+                "{file_text} is newer than the running containerd (process {})",
+                running.pid
+            ),
+            "containerd reads its configuration at its start only: what was changed does not hold yet",
+            "systemctl restart containerd (running containers stay)",
+        ));
+    }
+    if let Some(cni) = cri(&dump).and_then(|cri| cri.get("cni")) {
+        let text = |key: &str| {
+            cni.get(key)
+                .and_then(Value::as_str)
+                .filter(|t| !t.is_empty())
+        };
+        let dirs = cni.get("bin_dirs").and_then(Value::as_array);
+        let dirs: Vec<PathBuf> = dirs
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
+            .chain(text("bin_dir"))
+            .map(PathBuf::from)
+            .collect();
+        if !dirs.is_empty() {
+            node.cni_bin = dirs;
+        }
+        if let Some(conf) = text("conf_dir") {
+            node.cni_conf = PathBuf::from(conf);
+        }
+        node.cni_source = if file.exists() {
+            file_text
+        } else {
+            "containerd's defaults".to_owned()
+        };
+    }
+    checks
+}
+
+fn cri(dump: &Table) -> Option<&Value> {
+    let plugins = dump.get("plugins")?;
+    // 2.x prints the table of the old name as well, for its image service.
+    CRI.iter()
+        .rev()
+        .filter_map(|name| plugins.get(name))
+        .find(|table| table.get("containerd").is_some() || table.get("cni").is_some())
+}
+
+/// The CRI runtime handlers that lead to the kbp shim.
+fn handler(dump: &Table, file: &str) -> Check {
+    const NAME: &str = "containerd-config";
+    const NO_CRI: &str = "ctr and nerdctl take --runtime io.containerd.kbp.v1 without any configuration; Kubernetes needs a handler";
+    let disabled = dump.get("disabled_plugins").and_then(Value::as_array);
+    let disabled = disabled
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .any(|name| name == "cri" || CRI.contains(&name));
+    if disabled {
+        return Check::ok(
+            NAME,
+            format!("{file} loads; its CRI plugin is switched off by disabled_plugins"),
+        )
+        .meaning(NO_CRI);
+    }
+    let runtimes = cri(dump)
+        .and_then(|cri| cri.get("containerd")?.get("runtimes")?.as_table())
+        .cloned()
+        .unwrap_or_default();
+    let text = |table: &Value, key: &str| {
+        table
+            .get(key)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .to_owned()
+    };
+    let own: Vec<(&String, &Value)> = runtimes
+        .iter()
+        .filter(|(name, table)| text(table, "runtime_type") == RUNTIME || name.as_str() == "kbp")
+        .collect();
+    if own.is_empty() {
+        return Check::ok(
+            NAME,
+            format!("{file} loads; no CRI runtime handler is of type {RUNTIME}"),
+        )
+        .meaning(format!("{NO_CRI} (examples in config/containerd/)"));
+    }
+    let mut worst = Check::ok(
+        NAME,
+        format!(
+            "{file} loads; handlers of {RUNTIME}: {}",
+            own.iter()
+                .map(|(name, _)| name.as_str())
+                .collect::<Vec<_>>()
+                .join(", ")
+        ),
+    );
+    let mut worse = |check: Check| {
+        if check.verdict > worst.verdict {
+            worst = check;
+        }
+    };
+    for (name, table) in own {
+        let kind = text(table, "runtime_type");
+        if kind != RUNTIME {
+            worse(Check::broken(
+                NAME,
+                format!("handler {name:?} has runtime_type {kind:?}"),
+                "pods of this handler do not run with kbp",
+                format!("runtime_type = {RUNTIME:?} for that handler in {file}"),
+            ));
+        }
+        let path = text(table, "runtime_path");
+        if !path.is_empty() && !super::program::runs(Path::new(&path)) {
+            worse(Check::broken(
+                NAME,
+                format!("runtime_path {path:?} of handler {name:?} is no program"),
+                "no pod of this handler starts",
+                format!("make install, and mend or remove runtime_path in {file}"),
+            ));
+        }
+        let options = |key: &str| {
+            table
+                .get("options")
+                .map_or_else(String::new, |o| text(o, key))
+        };
+        let config = options("ConfigPath");
+        if !config.is_empty() && !Path::new(&config).exists() {
+            worse(Check::broken(
+                NAME,
+                format!("ConfigPath {config:?} of handler {name:?} does not exist"),
+                "pods of this handler are refused, or run without their settings",
+                format!("write that file, or remove ConfigPath in {file}"),
+            ));
+        }
+        let passes = |key: &str| {
+            let patterns = table.get(key).and_then(Value::as_array);
+            patterns
+                .into_iter()
+                .flatten()
+                .filter_map(Value::as_str)
+                .any(|p| ["*", ANNOTATIONS].contains(&p) || p.starts_with("kbp.io/"))
+        };
+        if !passes("pod_annotations") {
+            worse(Check::degraded(
+                NAME,
+                format!("handler {name:?} passes no kbp.io/ annotations on"),
+                "the kbp.io/ settings of pods are ignored: they run with the node's defaults",
+                format!("pod_annotations = [{ANNOTATIONS:?}] for that handler in {file}"),
+            ));
+        }
+    }
+    debug_assert!(worst.verdict == Verdict::Ok || worst.remedy.is_some());
+    worst
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::program::tests::program;
+    use super::*;
+
+    fn nobody() -> Result<Option<Running>, String> {
+        Ok(None)
+    }
+
+    #[test]
+    fn containerd_must_be_new_enough_and_run() {
+        let here = Running {
+            pid: 1,
+            exe: None,
+            arguments: Vec::new(),
+            path: None,
+            started: None,
+        };
+        let running = Ok(Some(here));
+        for (script, verdict) in [
+            (
+                "echo containerd github.com/containerd/containerd 1.6.20~ds1 1.6.20",
+                Verdict::Ok,
+            ),
+            (
+                "echo containerd github.com/containerd/containerd/v2 v2.1.9 abc",
+                Verdict::Ok,
+            ),
+            (
+                "echo containerd github.com/containerd/containerd v1.4.13 abc",
+                Verdict::Broken,
+            ),
+            ("exit 1", Verdict::Broken),
+        ] {
+            let (_dir, dirs) = program("containerd", script);
+            let file = dirs[1].join("containerd");
+            let check = containerd(Some(&file), Path::new("/run/x"), &running);
+            assert_eq!(check.verdict, verdict, "{check:?}");
+        }
+        let (_dir, dirs) = program("containerd", "echo containerd v2.1.9");
+        let file = dirs[1].join("containerd");
+        let check = containerd(Some(&file), Path::new("/nonexistent"), &nobody());
+        assert_eq!(check.verdict, Verdict::Degraded);
+        assert!(
+            check.found.contains("nothing listens on /nonexistent"),
+            "{check:?}"
+        );
+        let check = containerd(None, Path::new("/nonexistent"), &nobody());
+        assert_eq!(check.verdict, Verdict::Broken);
+    }
+
+    #[test]
+    fn the_config_file_is_the_one_that_the_process_was_given() {
+        let with = |arguments: &[&str]| {
+            let running = Running {
+                pid: 1,
+                exe: None,
+                arguments: arguments.iter().map(|a| (*a).to_owned()).collect(),
+                path: None,
+                started: None,
+            };
+            config_file(Some(&running))
+        };
+        assert_eq!(with(&["containerd"]), Path::new(CONFIG));
+        assert_eq!(with(&["containerd", "-c", "/a"]), Path::new("/a"));
+        assert_eq!(
+            with(&["containerd", "-l", "debug", "--config=/b"]),
+            Path::new("/b")
+        );
+        assert_eq!(config_file(None), Path::new(CONFIG));
+    }
+
+    #[test]
+    fn handlers_are_judged_as_they_load() {
+        let judged = |text: &str| handler(&text.parse().expect("TOML"), "c.toml");
+        const V2: &str = "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes";
+        const V3: &str = "[plugins.\"io.containerd.cri.v1.runtime\".containerd.runtimes";
+        for (text, verdict, words) in [
+            (String::new(), Verdict::Ok, "no CRI runtime handler"),
+            (
+                "disabled_plugins = [\"cri\"]".to_owned(),
+                Verdict::Ok,
+                "switched off",
+            ),
+            (
+                format!(
+                    "{V2}.kbp]\nruntime_type = \"{RUNTIME}\"\npod_annotations = [\"kbp.io/*\"]"
+                ),
+                Verdict::Ok,
+                "handlers of io.containerd.kbp.v1: kbp",
+            ),
+            (
+                format!(
+                    "{V3}.fast]\nruntime_type = \"{RUNTIME}\"\npod_annotations = [\"kbp.io/*\"]"
+                ),
+                Verdict::Ok,
+                "handlers of io.containerd.kbp.v1: fast",
+            ),
+            (
+                format!("{V3}.fast]\nruntime_type = \"{RUNTIME}\"\n"),
+                Verdict::Degraded,
+                "\"fast\" passes no kbp.io/ annotations",
+            ),
+            (
+                format!("{V2}.kbp]\nruntime_type = \"io.containerd.runc.v2\"\n"),
+                Verdict::Broken,
+                "runtime_type \"io.containerd.runc.v2\"",
+            ),
+            (
+                format!(
+                    "{V2}.kbp]\nruntime_type = \"{RUNTIME}\"\nruntime_path = \"/nonexistent/shim\"\n"
+                ),
+                Verdict::Broken,
+                "/nonexistent/shim",
+            ),
+            (
+                format!(
+                    "{V2}.kbp]\nruntime_type = \"{RUNTIME}\"\n{V2}.kbp.options]\nConfigPath = \"/nonexistent/x\"\n"
+                ),
+                Verdict::Broken,
+                "ConfigPath \"/nonexistent/x\"",
+            ),
+        ] {
+            let check = judged(&text);
+            assert_eq!(check.verdict, verdict, "{check:?}");
+            assert!(check.found.contains(words), "{check:?}");
+        }
+    }
+}
