@@ -6,13 +6,14 @@
 //! drivers/net/veth.c). `ETHTOOL_GTSO` and `ETHTOOL_STSO` stand for the same NETIF_F_ALL_TSO, so
 //! they are enough; features beside it, like tx-tcp-accecn-segmentation, do not matter.
 
-use std::ffi::c_char;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
+use crate::link::RouteSocket;
 use crate::netns::Netns;
+use crate::sys::interface_request;
 use crate::{Error, Result};
 
 /// Features of one link that matter to kbp.
@@ -50,16 +51,20 @@ pub fn set_features(netns: &Netns, name: &str, wanted: Features) -> Result<()> {
     if before.gro != wanted.gro {
         device.set(&GRO, wanted.gro)?;
     }
-    let after = device.features()?;
-    for (feature, is, should) in [(&TSO, after.tso, wanted.tso), (&GRO, after.gro, wanted.gro)] {
-        if is != should {
-            return Err(Error::Unsupported {
-                feature: if should { feature.on } else { feature.off },
-                reason: format!("link {name} does not take it over"),
-            });
-        }
-    }
-    Ok(())
+    device.verify(wanted)
+}
+
+/// As [`set_features`], for a link in the namespace of `socket` that nobody has polled yet: what it has is not asked for
+/// first, and no other socket is opened. Each question takes the kernel's RTNL lock, for which other callers queue.
+///
+/// # Errors
+/// As [`set_features`].
+pub fn set_features_of_new(socket: &RouteSocket, name: &str, wanted: Features) -> Result<()> {
+    // An ioctl that netlink does not know goes on to the devices (sock_do_ioctl in net/socket.c).
+    let device = Device::new(socket.as_fd(), name)?;
+    device.set(&TSO, wanted.tso)?;
+    device.set(&GRO, wanted.gro)?;
+    device.verify(wanted)
 }
 
 struct Feature {
@@ -94,27 +99,14 @@ struct EthtoolValue {
 }
 
 /// A link, and a socket in its namespace that carries the ioctls.
-struct Device<'a> {
-    socket: OwnedFd,
+struct Device<'a, S> {
+    socket: S,
     name: &'a str,
     request: libc::ifreq,
 }
 
-impl<'a> Device<'a> {
+impl<'a> Device<'a, OwnedFd> {
     fn open(netns: &Netns, name: &'a str) -> Result<Self> {
-        // SAFETY: ifreq is plain old data, for which all zeroes is a valid value.
-        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-        // The last byte stays NUL.
-        if name.is_empty() || name.len() >= request.ifr_name.len() {
-            return Err(Error::Invalid {
-                name: "link name",
-                value: name.to_owned(),
-                expected: "1 to 15 bytes".to_owned(),
-            });
-        }
-        for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-            *to = from as c_char;
-        }
         // Any family's socket will do; a local one is there also without IPv4.
         let open = || {
             socket(
@@ -128,11 +120,30 @@ impl<'a> Device<'a> {
             what: format!("open a socket for the features of link {name}"),
             source: errno.into(),
         })?;
+        Self::new(socket, name)
+    }
+}
+
+impl<'a, S: AsFd> Device<'a, S> {
+    fn new(socket: S, name: &'a str) -> Result<Self> {
         Ok(Self {
             socket,
             name,
-            request,
+            request: interface_request(name)?,
         })
+    }
+
+    fn verify(&self, wanted: Features) -> Result<()> {
+        let is = self.features()?;
+        for (feature, is, should) in [(&TSO, is.tso, wanted.tso), (&GRO, is.gro, wanted.gro)] {
+            if is != should {
+                return Err(Error::Unsupported {
+                    feature: if should { feature.on } else { feature.off },
+                    reason: format!("link {} does not take it over", self.name),
+                });
+            }
+        }
+        Ok(())
     }
 
     fn features(&self) -> Result<Features> {
@@ -161,8 +172,13 @@ impl<'a> Device<'a> {
         request.ifr_ifru.ifru_data = (&raw mut value).cast();
         // SAFETY: for the commands of this module SIOCETHTOOL reads a whole ifreq, and reads and
         // writes one struct ethtool_value behind ifru_data; both live until the call returns.
-        let result =
-            unsafe { libc::ioctl(self.socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut request) };
+        let result = unsafe {
+            libc::ioctl(
+                self.socket.as_fd().as_raw_fd(),
+                libc::SIOCETHTOOL,
+                &raw mut request,
+            )
+        };
         if result == 0 {
             return Ok(value.data);
         }

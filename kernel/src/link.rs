@@ -4,6 +4,7 @@ mod announce;
 mod batch;
 mod bridge;
 mod events;
+mod name;
 mod read;
 mod socket;
 

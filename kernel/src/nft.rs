@@ -63,6 +63,8 @@ pub struct Masqueraded {
 pub struct MasqueradeTable {
     socket: Socket,
     messages: Messages,
+    /// The generation that opening has found, until the first use of it.
+    seen: Option<u32>,
 }
 
 impl MasqueradeTable {
@@ -84,8 +86,9 @@ impl MasqueradeTable {
         let mut table = Self {
             socket,
             messages: Messages::new(name),
+            seen: None,
         };
-        table.generation().map_err(unsupported)?;
+        table.seen = Some(table.generation().map_err(unsupported)?);
         Ok(table)
     }
 
@@ -164,7 +167,13 @@ impl MasqueradeTable {
         local: &[IpNet],
     ) -> Result<bool> {
         let generation = self.generation()?;
-        let present = self.local()?;
+        let mut present = Vec::new();
+        for family in Family::ALL {
+            let is_of = |range: &IpNet| Family::of(range.addr()).local == family.local;
+            if local.iter().any(is_of) {
+                present.extend(ranges::from_elements(&self.elements(family.local)?));
+            }
+        }
         let covered = |range: &IpNet| present.iter().any(|other| other.contains(range));
         let complete = self.is_active()? && local.iter().all(covered);
         if complete && !addresses.is_empty() {
@@ -287,6 +296,10 @@ impl MasqueradeTable {
 
     /// Number of the ruleset that is in force; each transaction makes a new one.
     fn generation(&mut self) -> Result<u32> {
+        // An old one does no harm: what is based on it is refused, and tried again with the next.
+        if let Some(seen) = self.seen.take() {
+            return Ok(seen);
+        }
         let request = self.messages.get_generation();
         let what = request.what().to_owned();
         let found = self

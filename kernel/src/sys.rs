@@ -23,6 +23,24 @@ pub(crate) fn errno(what: impl FnOnce() -> String) -> impl FnOnce(nix::errno::Er
     }
 }
 
+/// The request of an ioctl that concerns the link `name` (netdevice(7)).
+pub(crate) fn interface_request(name: &str) -> Result<libc::ifreq> {
+    // SAFETY: ifreq is plain old data, for which all zeroes is a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // The last byte stays NUL.
+    if name.is_empty() || name.len() >= request.ifr_name.len() {
+        return Err(Error::Invalid {
+            name: "link name",
+            value: name.to_owned(),
+            expected: "1 to 15 bytes".to_owned(),
+        });
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as std::ffi::c_char;
+    }
+    Ok(request)
+}
+
 /// Reads a small text file under /proc or /sys.
 pub(crate) fn read_text(path: impl Into<std::path::PathBuf>) -> Result<String> {
     let path = path.into();

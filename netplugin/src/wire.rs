@@ -1,4 +1,4 @@
-//! The veth pair: making it, switching its features, removing it. What hangs on it is each mode's own.
+//! The veth pair: making it pollable and up, removing it. What hangs on it is each mode's own.
 
 use std::net::IpAddr;
 use std::thread;
@@ -8,6 +8,7 @@ use kbp_kernel::ethtool::{self, Features};
 use kbp_kernel::link::{Batch, Route, RouteSocket, VethPair};
 use kbp_kernel::netns::Netns;
 use kbp_kernel::{IfIndex, MacAddr, Mtu};
+use nix::errno::Errno;
 
 use crate::attachment::Attachment;
 use crate::cni::error::{CniError, Code, Result};
@@ -42,23 +43,11 @@ impl Side {
         Ok(Self { netns, route })
     }
 
-    /// A link that has just been created.
-    fn end(&mut self, name: &str) -> Result<End> {
-        let link = self.route.link_by_name(name)?;
-        let end = link.and_then(|link| {
-            Some(End {
-                index: link.index,
-                mac: link.mac?,
-                mtu: link.mtu,
-                name: link.name,
-            })
-        });
-        end.ok_or_else(|| {
-            CniError::new(
-                Code::KERNEL,
-                format!("{name} vanished right after it was created"),
-            )
-        })
+    /// Index of a link that has just been created.
+    fn index_of(&self, name: &str) -> Result<IfIndex> {
+        let vanished = || format!("{name} vanished right after it was created");
+        let index = self.route.index_of(name)?;
+        index.ok_or_else(|| CniError::new(Code::KERNEL, vanished()))
     }
 }
 
@@ -100,13 +89,16 @@ pub(crate) fn refuse_existing(
 ) -> Result<()> {
     let exists = |msg| Err(CniError::new(Code::EXISTS, msg));
     let ifname = &attachment.ifname;
-    if pod.route.link_by_name(ifname)?.is_some() {
+    if pod.route.index_of(ifname)?.is_some() {
         return exists(format!(
             "interface {ifname} exists already in the namespace of container {}; call DEL first",
             attachment.container_id,
         ));
     }
     let name = attachment.host_end();
+    if host.route.index_of(&name)?.is_none() {
+        return Ok(());
+    }
     match host.route.link_by_name(&name)? {
         Some(link) if attachment.owns(&link) => exists(format!(
             "host end {name} of {attachment} exists already, with a pod end in another namespace or of another name; call DEL first",
@@ -119,7 +111,7 @@ pub(crate) fn refuse_existing(
     }
 }
 
-/// Creates the pair, each end in its namespace. The host end is up, and a port of `bridge`.
+/// Creates the pair, each end in its namespace, both up and pollable, the host end a port of `bridge`.
 pub(crate) fn create(
     host: &mut Side,
     pod: &mut Side,
@@ -129,28 +121,45 @@ pub(crate) fn create(
     bridge: Option<IfIndex>,
 ) -> Result<Pair> {
     let host_name = attachment.host_end();
+    let pod_mac = options.mac.unwrap_or_else(|| attachment.pod_mac());
+    let mut batch = Batch::new();
     let veth = VethPair {
         host_name: &host_name,
         host_mac: attachment.host_mac(),
         pod_name: &attachment.ifname,
-        pod_mac: options.mac.unwrap_or_else(|| attachment.pod_mac()),
+        pod_mac,
         pod_netns: &pod.netns,
         mtu,
         tx_queue_len: options.tx_queue_len,
     };
-    // Without its alias GC would not know whose it is, should this process be killed.
-    host.route.execute(
-        Batch::new()
-            .create_veth_with(&veth, options.queues, bridge)
-            .set_alias_of(&host_name, &attachment.alias()),
-    )?;
-    let ends = host.end(&host_name).and_then(|host| {
-        Ok(Pair {
-            host,
-            pod: pod.end(&attachment.ifname)?,
-        })
-    });
-    ends.map_err(|error| {
+    batch
+        .create_veth_with(&veth, options.queues, bridge)
+        // Without its alias GC would not know whose it is, should this process be killed.
+        .set_alias_of(&host_name, &attachment.alias());
+    match host.route.execute(&batch) {
+        // The name was taken meanwhile: nothing was made, and what is there is somebody else's.
+        Err(error) if error.errno() == Some(Errno::EEXIST as i32) => return Err(error.into()),
+        created => created.map_err(CniError::from),
+    }
+    .and_then(|()| {
+        let end = |side: &Side, name: &str, mac| -> Result<End> {
+            let index = side.index_of(name)?;
+            let name = name.to_owned();
+            Ok(End {
+                index,
+                name,
+                mac,
+                mtu,
+            })
+        };
+        let pair = Pair {
+            host: end(host, &host_name, attachment.host_mac())?,
+            pod: end(pod, &attachment.ifname, pod_mac)?,
+        };
+        set_up(host, pod, &pair, options)?;
+        Ok(pair)
+    })
+    .map_err(|error| {
         // The caller knows nothing of the pair yet.
         match delete_host_end(host, attachment) {
             Ok(()) => error,
@@ -159,28 +168,32 @@ pub(crate) fn create(
     })
 }
 
-/// What the kernel has to be told before the ends have addresses.
-pub(crate) fn prepare(pod: &Side, pair: &Pair, v6: bool) -> Result<()> {
+/// Features and qdisc first, while the ends are down, which spares the kernel a grace period for each.
+fn set_up(host: &mut Side, pod: &mut Side, pair: &Pair, options: &Options) -> Result<()> {
     sysctl::refuse_router_advertisements(&pair.host.name)?;
-    if v6 {
-        sysctl::enable_v6(&pair.host.name)?;
-        pod.netns
-            .run(|| sysctl::enable_v6("lo").and_then(|()| sysctl::enable_v6(&pair.pod.name)))??;
+    let mut ends = [(pod, &pair.pod), (host, &pair.host)];
+    for (side, end) in &mut ends {
+        // A NAPI instance comes with the link's being up.
+        ethtool::set_features_of_new(&side.route, &end.name, features(options.profile))?;
+        side.route.execute(
+            Batch::new()
+                .set_pfifo(end.index, options.tx_queue_len)
+                .set_up(end.index),
+        )?;
+    }
+    // Asking for a link makes the kernel (6.8+) notice at once that it has a carrier, which it else does up to a
+    // second later: until then its operational state is down, and programs that look at it would wait.
+    for (side, end) in ends {
+        side.route.link_by_index(end.index)?;
     }
     Ok(())
 }
 
-/// Makes both ends, which are up, pollable.
-pub(crate) fn finish(host: &mut Side, pod: &mut Side, pair: &Pair, profile: Profile) -> Result<()> {
-    // After the link is up: only then does GRO make a NAPI instance.
-    let wanted = features(profile);
-    ethtool::set_features(&pod.netns, &pair.pod.name, wanted)?;
-    ethtool::set_features(&host.netns, &pair.host.name, wanted)?;
-    // Asking for a link makes the kernel (6.8+) notice at once that it has a carrier, which it else does up to a
-    // second later: until then its operational state is down, and programs that look at it would wait.
-    pod.route.link_by_index(pair.pod.index)?;
-    host.route.link_by_index(pair.host.index)?;
-    Ok(())
+/// Switches IPv6 on at both ends; runtimes switch it off for new namespaces.
+pub(crate) fn enable_v6(pod: &Side, pair: &Pair) -> Result<()> {
+    sysctl::enable_v6(&pair.host.name)?;
+    pod.netns
+        .run(|| sysctl::enable_v6("lo").and_then(|()| sysctl::enable_v6(&pair.pod.name)))?
 }
 
 /// Waits until the kernel takes packets to the pod's addresses, and to the host end's, for its own. With IPv4 that
@@ -235,7 +248,7 @@ pub(crate) fn delete_host_end(host: &mut Side, attachment: &Attachment) -> Resul
 
 /// Deletes a link; fine when it is gone already, as it is with its peer's namespace.
 pub(crate) fn delete(host: &mut Side, link: IfIndex) -> Result<()> {
-    const ENODEV: i32 = nix::errno::Errno::ENODEV as i32;
+    const ENODEV: i32 = Errno::ENODEV as i32;
     match host.route.execute(Batch::new().delete_link(link)) {
         Err(error) if error.errno() == Some(ENODEV) => Ok(()),
         other => Ok(other?),

@@ -1,14 +1,14 @@
 //! A route socket: carries out batches and answers questions about one network namespace.
 
 use std::net::IpAddr;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use ipnet::IpNet;
 use netlink_packet_route::address::AddressMessage;
 use netlink_packet_route::link::{LinkAttribute, LinkMessage};
 use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourMessage};
 use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
-use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage};
+use netlink_packet_route::route::{RouteAttribute, RouteFlags, RouteHeader, RouteMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::{Batch, Link, Route, read};
@@ -18,6 +18,8 @@ use crate::{Error, IfIndex, MacAddr, Result};
 
 /// `NETNSA_NSID_NOT_ASSIGNED` of linux/net_namespace.h; in a request: the kernel chooses.
 const NSID_NOT_ASSIGNED: i32 = -1;
+/// Of linux/rtnetlink.h (4.13+): the route as it stands in the table, not what was made of it for this address.
+const RTM_F_FIB_MATCH: u32 = 0x2000;
 
 /// A NETLINK_ROUTE socket that belongs to one network namespace for good.
 ///
@@ -25,7 +27,13 @@ const NSID_NOT_ASSIGNED: i32 = -1;
 /// does not answer, [`Error::Protocol`] when the answer makes no sense.
 #[derive(Debug)]
 pub struct RouteSocket {
-    socket: Socket,
+    pub(super) socket: Socket,
+}
+
+impl AsFd for RouteSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
 }
 
 impl RouteSocket {
@@ -179,25 +187,10 @@ impl RouteSocket {
     /// before that: the kernel makes its local route later, in a work item (addrconf_dad_work in
     /// net/ipv6/addrconf.c), also when there is no duplicate address detection.
     pub fn is_local(&mut self, address: IpAddr) -> Result<bool> {
-        let mut message = RouteMessage::default();
-        (
-            message.header.address_family,
-            message.header.destination_prefix_length,
-        ) = match address {
-            IpAddr::V4(_) => (AddressFamily::Inet, 32),
-            IpAddr::V6(_) => (AddressFamily::Inet6, 128),
-        };
-        message.attributes = vec![RouteAttribute::Destination(address.into())];
-        let message = RouteNetlinkMessage::GetRoute(message);
-        let request = Request::new(format!("look up the route to {address}"), &message);
-        let found = self.socket.query(request, |kind, payload| {
-            if kind == libc::RTM_NEWROUTE {
-                readable("a route", read::route_type(payload))
-            } else {
-                Ok(None)
-            }
+        let types = self.route_lookup(address, 0, |payload| {
+            readable("a route", read::route_type(payload))
         });
-        match found {
+        match types {
             Ok(types) => Ok(types.contains(&libc::RTN_LOCAL)),
             // The answers of no route and of routes that refuse.
             Err(error)
@@ -210,6 +203,50 @@ impl RouteSocket {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// The unicast route of this namespace by which packets to `address` go, as it stands in its table; with several
+    /// next hops the first. None: there is none.
+    ///
+    /// # Errors
+    /// Also when a route refuses such packets (`unreachable`, `prohibit`, `blackhole`).
+    pub fn route_to(&mut self, address: IpAddr) -> Result<Option<Route>> {
+        let found = self.route_lookup(address, RTM_F_FIB_MATCH, |payload| {
+            required("a route", read::routes(payload)).map(Some)
+        });
+        match found {
+            Ok(found) => Ok(found.into_iter().flatten().next()),
+            Err(error) if error.errno() == Some(libc::ENETUNREACH) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Looks one route up: it takes the same time with ten routes and with ten thousand.
+    fn route_lookup<T>(
+        &mut self,
+        address: IpAddr,
+        flags: u32,
+        read: impl Fn(&[u8]) -> Result<Option<T>>,
+    ) -> Result<Vec<T>> {
+        let mut message = RouteMessage::default();
+        (
+            message.header.address_family,
+            message.header.destination_prefix_length,
+        ) = match address {
+            IpAddr::V4(_) => (AddressFamily::Inet, 32),
+            IpAddr::V6(_) => (AddressFamily::Inet6, 128),
+        };
+        message.header.flags = RouteFlags::from_bits_retain(flags);
+        message.attributes = vec![RouteAttribute::Destination(address.into())];
+        let message = RouteNetlinkMessage::GetRoute(message);
+        let request = Request::new(format!("look up the route to {address}"), &message);
+        self.socket.query(request, |kind, payload| {
+            if kind == libc::RTM_NEWROUTE {
+                read(payload)
+            } else {
+                Ok(None)
+            }
+        })
     }
 
     /// Permanent neighbours of a link.
@@ -270,13 +307,13 @@ fn nsid_message(netns: &Netns, id: Option<i32>) -> NsidMessage {
     message
 }
 
-fn required<T>(what: &str, read: Option<T>) -> Result<T> {
+pub(super) fn required<T>(what: &str, read: Option<T>) -> Result<T> {
     read.ok_or_else(|| Error::Protocol {
         what: format!("read {what}"),
         detail: "an attribute is missing or too short".to_owned(),
     })
 }
 
-fn readable<T>(what: &str, read: Option<T>) -> Result<Option<T>> {
+pub(super) fn readable<T>(what: &str, read: Option<T>) -> Result<Option<T>> {
     required(what, read).map(Some)
 }

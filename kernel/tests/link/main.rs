@@ -5,6 +5,7 @@ mod addresses;
 mod bridge;
 mod events;
 mod features;
+mod lookup;
 mod napi;
 mod netstat;
 mod nft;

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::plan::Plan;
 use crate::cni::error::{CniError, Code, Result};
-use crate::cni::options::{BridgeOptions, Options};
+use crate::cni::options::BridgeOptions;
 use crate::sysctl;
 use crate::wire::{self, Pair, Side, kernel_route};
 
@@ -160,37 +160,32 @@ pub(crate) fn configure(
     pod: &mut Side,
     pair: &Pair,
     base: &mut Base,
-    options: &Options,
     plan: &Plan,
 ) -> Result<()> {
-    wire::prepare(pod, pair, plan.has(true))?;
-    pod.route.execute(&pod_batch(pair, options, plan))?;
-    let mut batch = Batch::new();
-    batch.set_pfifo(pair.host.index, options.tx_queue_len);
-    if base.hairpin {
-        batch.set_hairpin(pair.host.index, true);
+    if plan.has(true) {
+        wire::enable_v6(pod, pair)?;
     }
-    host.route.execute(&batch)?;
+    pod.route.execute(&pod_batch(pair, plan))?;
+    if base.hairpin {
+        host.route
+            .execute(Batch::new().set_hairpin(pair.host.index, true))?;
+    }
     add_gateways(host, base, plan)?;
-    // This also makes the bridge notice that its port has a carrier, without which it passes nothing on.
-    wire::finish(host, pod, pair, options.profile)?;
     check_mtu(host, base)?;
     // Who had these addresses before had another MAC.
     announce(&pod.netns, pair.pod.index, pair.pod.mac, &plan.addresses())?;
     Ok(())
 }
 
-fn pod_batch(pair: &Pair, options: &Options, plan: &Plan) -> Batch {
+fn pod_batch(pair: &Pair, plan: &Plan) -> Batch {
     let device = pair.pod.index;
     let mut batch = Batch::new();
-    batch.set_up(device);
     for ip in &plan.ips {
         batch.add_address(device, ip.address, false);
     }
     for route in &plan.routes {
         batch.add_route(&kernel_route(route, device));
     }
-    batch.set_pfifo(device, options.tx_queue_len);
     batch
 }
 

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use super::config::Config;
 use super::env::{Call, Verb};
 use super::error::{CniError, Code, Result};
-use super::exec::{self, Outcome};
+use super::exec::{Outcome, Running};
 use super::ipam::Lease;
 use super::version::Version;
 use crate::attachment::Attachment;
@@ -34,11 +34,15 @@ impl<'a> Ipam<'a> {
         Plugin::find(config, call).map(Self::Plugin)
     }
 
-    /// Leases addresses.
-    pub(crate) fn add(&self) -> Result<Lease> {
+    /// Begins to lease addresses. A plugin runs from here on, beside whatever the caller does until it asks for
+    /// what was leased.
+    pub(crate) fn start_add(&'a self) -> Leasing<'a> {
         match self {
-            Self::Local(local) => local.add(),
-            Self::Plugin(plugin) => plugin.add(),
+            Self::Local(local) => Leasing::Done(local.add()),
+            Self::Plugin(plugin) => match plugin.start(Verb::Add, &plugin.config.raw, &[]) {
+                Ok(running) => Leasing::Running(plugin, running),
+                Err(error) => Leasing::Done(Err(error)),
+            },
         }
     }
 
@@ -72,6 +76,25 @@ impl<'a> Ipam<'a> {
         match self {
             Self::Local(local) => local.status(),
             Self::Plugin(plugin) => plugin.status(),
+        }
+    }
+}
+
+/// Addresses that are being leased.
+#[derive(Debug)]
+pub(crate) enum Leasing<'a> {
+    /// It is over.
+    Done(Result<Lease>),
+    /// A plugin works on it.
+    Running(&'a Plugin<'a>, Running),
+}
+
+impl Leasing<'_> {
+    /// The addresses, as soon as they are there.
+    pub(crate) fn finish(self) -> Result<Lease> {
+        match self {
+            Self::Done(lease) => lease,
+            Self::Running(plugin, running) => plugin.add(running),
         }
     }
 }
@@ -111,9 +134,10 @@ impl<'a> Plugin<'a> {
         })
     }
 
-    /// Leases addresses.
-    fn add(&self) -> Result<Lease> {
-        let json = self.call(Verb::Add, &[])?;
+    /// The addresses that a started ADD leases.
+    fn add(&self, running: Running) -> Result<Lease> {
+        let first = self.finish(running, Verb::Add, &self.config.raw);
+        let json = self.in_its_version(first, Verb::Add, &[])?;
         let lease = Lease::from_json(&json).map_err(|error| self.told(error))?;
         if lease.ips.is_empty() {
             let keys: Vec<_> = json.keys().map(String::as_str).collect();
@@ -180,7 +204,17 @@ impl<'a> Plugin<'a> {
     /// Calls it in the config's version. A plugin that is too old for it (Debian 12's know 1.0.0 at most) gets
     /// the config in the newest version that it speaks: its result says nothing that depends on that.
     fn call(&self, verb: Verb, environment: &[(&str, &str)]) -> Result<Map<String, Value>> {
-        let error = match self.execute(verb, &self.config.raw, environment) {
+        let first = self.execute(verb, &self.config.raw, environment);
+        self.in_its_version(first, verb, environment)
+    }
+
+    fn in_its_version(
+        &self,
+        first: Result<Map<String, Value>>,
+        verb: Verb,
+        environment: &[(&str, &str)],
+    ) -> Result<Map<String, Value>> {
+        let error = match first {
             Err(error) if error.code == Code::VERSION => error,
             other => return other,
         };
@@ -210,17 +244,29 @@ impl<'a> Plugin<'a> {
         input: &[u8],
         environment: &[(&str, &str)],
     ) -> Result<Map<String, Value>> {
+        let running = self.start(verb, input, environment)?;
+        self.finish(running, verb, input)
+    }
+
+    fn start(&self, verb: Verb, input: &[u8], environment: &[(&str, &str)]) -> Result<Running> {
         let mut command = Command::new(&self.binary);
         command
             .env("CNI_COMMAND", verb.as_str())
             .envs(environment.iter().copied());
-        let outcome = exec::run(&mut command, input, self.timeout).map_err(|error| {
-            CniError::new(
-                Code::IPAM,
-                format!("run {} {}: {error}", self.binary.display(), verb.as_str()),
-            )
-        })?;
-        self.judge(verb, &outcome)
+        Running::start(&mut command, input, self.timeout).map_err(|error| self.broke(verb, &error))
+    }
+
+    fn finish(&self, running: Running, verb: Verb, input: &[u8]) -> Result<Map<String, Value>> {
+        let outcome = running.finish(input);
+        self.judge(verb, &outcome.map_err(|error| self.broke(verb, &error))?)
+    }
+
+    fn broke(&self, verb: Verb, error: &std::io::Error) -> CniError {
+        let binary = self.binary.display();
+        CniError::new(
+            Code::IPAM,
+            format!("run {binary} {}: {error}", verb.as_str()),
+        )
     }
 
     /// What the plugin's exit status and outputs mean.

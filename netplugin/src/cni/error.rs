@@ -45,7 +45,7 @@ impl Code {
 }
 
 /// A failed call.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 #[error("{msg}{}", if details.is_empty() { String::new() } else { format!(" ({details})") })]
 pub(crate) struct CniError {
     /// What kind of failure it is.

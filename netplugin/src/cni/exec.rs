@@ -3,7 +3,7 @@
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -25,60 +25,122 @@ pub(crate) struct Outcome {
     pub(crate) stderr: Vec<u8>,
 }
 
-/// Runs `command` with `input` on stdin. Past `limit` it is killed, with every process it has started
-/// and left in its process group.
-pub(crate) fn run(command: &mut Command, input: &[u8], limit: Duration) -> io::Result<Outcome> {
-    let deadline = Instant::now() + limit;
-    let mut child = command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .process_group(0)
-        .spawn()?;
-    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-    let outcome = talk(&mut child, input, deadline, &mut stdout, &mut stderr).and_then(|in_time| {
-        if in_time {
-            wait(&mut child, deadline)
-        } else {
-            Ok(None)
+/// A program that has been started and not yet been waited for. Past its time limit, or dropped before its end, it is
+/// killed with every process that it has started and left in its process group.
+#[derive(Debug)]
+pub(crate) struct Running {
+    child: Child,
+    /// How much of the input it has by now.
+    given: usize,
+    deadline: Instant,
+}
+
+impl Running {
+    /// Starts `command` and gives it as much of `input` as its pipe takes at once: nearly always all of it, so
+    /// that it can work while the caller does something else.
+    pub(crate) fn start(command: &mut Command, input: &[u8], limit: Duration) -> io::Result<Self> {
+        let deadline = Instant::now() + limit;
+        let child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0)
+            .spawn()?;
+        let mut running = Self {
+            child,
+            given: 0,
+            deadline,
+        };
+        let mut stdin = running.child.stdin.take();
+        if let Some(pipe) = &stdin {
+            fcntl(pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         }
-    });
-    if !matches!(outcome, Ok(Some(_))) {
+        give(&mut stdin, input, &mut running.given)?;
+        running.child.stdin = stdin;
+        Ok(running)
+    }
+
+    /// Waits for its end or the time limit. `input` is what it was started with.
+    pub(crate) fn finish(mut self, input: &[u8]) -> io::Result<Outcome> {
+        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+        let outcome = talk(
+            &mut self.child,
+            input,
+            self.given,
+            self.deadline,
+            &mut stdout,
+            &mut stderr,
+        );
+        let outcome = outcome.and_then(|in_time| {
+            if in_time {
+                wait(&mut self.child, self.deadline)
+            } else {
+                Ok(None)
+            }
+        });
+        if !matches!(outcome, Ok(Some(_))) {
+            self.kill()?;
+        }
+        Ok(Outcome {
+            status: outcome?,
+            stdout,
+            stderr,
+        })
+    }
+
+    fn kill(&mut self) -> io::Result<()> {
         // Its process id is the group's, and it is still ours: nobody has waited for it yet.
-        if let Ok(group) = i32::try_from(child.id()) {
+        if let Ok(group) = i32::try_from(self.child.id()) {
             let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
         }
-        child.wait()?;
+        self.child.wait().map(drop)
     }
-    Ok(Outcome {
-        status: outcome?,
-        stdout,
-        stderr,
-    })
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // An end that was waited for is remembered: then there is nothing to do.
+        if matches!(self.child.try_wait(), Ok(None)) {
+            let _ = self.kill();
+        }
+    }
+}
+
+/// Writes what the pipe takes of the rest of `input`, and closes it at the end.
+fn give(stdin: &mut Option<ChildStdin>, input: &[u8], given: &mut usize) -> io::Result<()> {
+    while let Some(pipe) = stdin {
+        let rest = input.get(*given..).unwrap_or_default();
+        if rest.is_empty() {
+            *stdin = None;
+            break;
+        }
+        match pipe.write(rest) {
+            Ok(written) => *given += written,
+            Err(error) if would_block(&error) => break,
+            // It has closed its stdin: that is its own business, its exit status says the rest.
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => *given = input.len(),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// Writes the input and reads both outputs to their ends; false when the deadline came first.
 fn talk(
     child: &mut Child,
-    mut input: &[u8],
+    input: &[u8],
+    mut given: usize,
     deadline: Instant,
     stdout: &mut Vec<u8>,
     stderr: &mut Vec<u8>,
 ) -> io::Result<bool> {
     let (mut stdin, mut out, mut err) =
         (child.stdin.take(), child.stdout.take(), child.stderr.take());
-    let pipes = [
-        stdin.as_ref().map(AsFd::as_fd),
-        out.as_ref().map(AsFd::as_fd),
-        err.as_ref().map(AsFd::as_fd),
-    ];
+    let pipes = [out.as_ref().map(AsFd::as_fd), err.as_ref().map(AsFd::as_fd)];
     for fd in pipes.into_iter().flatten() {
         fcntl(fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
     }
     loop {
-        if input.is_empty() {
-            stdin = None;
-        }
         let mut fds: Vec<_> = [
             stdin
                 .as_ref()
@@ -105,15 +167,7 @@ fn talk(
             Err(errno) => return Err(errno.into()),
         }
         drop(fds);
-        if let Some(pipe) = &mut stdin {
-            match pipe.write(input) {
-                Ok(written) => input = &input[written..],
-                Err(error) if would_block(&error) => {}
-                // It has closed its stdin: that is its own business, its exit status says the rest.
-                Err(error) if error.kind() == ErrorKind::BrokenPipe => input = &[],
-                Err(error) => return Err(error),
-            }
-        }
+        give(&mut stdin, input, &mut given)?;
         read_some(&mut out, stdout)?;
         read_some(&mut err, stderr)?;
     }
@@ -166,6 +220,10 @@ mod tests {
         run(Command::new("/bin/sh").arg("-c").arg(script), input, limit)
     }
 
+    fn run(command: &mut Command, input: &[u8], limit: Duration) -> io::Result<Outcome> {
+        Running::start(command, input, limit)?.finish(input)
+    }
+
     const LONG: Duration = Duration::from_secs(20);
 
     #[test]
@@ -193,6 +251,16 @@ mod tests {
             assert!(outcome.status.is_none(), "{script}");
             assert!(start.elapsed() < LONG, "{script}");
         }
+    }
+
+    #[test]
+    fn one_that_nobody_waits_for_is_killed() {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", "sleep 300"]);
+        let running = Running::start(&mut command, b"", LONG).expect("starts");
+        let pid = running.child.id();
+        drop(running);
+        assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
     }
 
     #[test]

@@ -10,6 +10,8 @@ mod range;
 mod resolv;
 mod store;
 
+use std::cell::{Cell, OnceCell};
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::IpAddr;
 use std::time::Duration;
@@ -193,7 +195,7 @@ fn lease(locked: &Locked<'_>, owner: &Owner, settings: &Settings) -> Result<Vec<
 /// free one.
 fn choose(locked: &Locked<'_>, settings: &Settings, has: &[IpAddr]) -> Result<Vec<IpAddr>> {
     let mut requested = settings.requested.clone();
-    let taken = locked.addresses()?;
+    let taken = Taken::new(locked);
     let mut chosen = Vec::new();
     for (n, set) in settings.sets.iter().enumerate() {
         let wish = requested
@@ -209,7 +211,7 @@ fn choose(locked: &Locked<'_>, settings: &Settings, has: &[IpAddr]) -> Result<Ve
                 .find(|a| set.range_of(**a).is_some() && !set.is_gateway(**a))
             {
                 Some(address) => *address,
-                None => next(locked, n, set, |address| taken.contains(&address))?,
+                None => next(locked, n, set, &taken)?,
             },
         };
         chosen.push(address);
@@ -248,14 +250,11 @@ fn refuse_unless_free(
     }
 }
 
-fn next(
-    locked: &Locked<'_>,
-    n: usize,
-    set: &RangeSet,
-    taken: impl Fn(IpAddr) -> bool,
-) -> Result<IpAddr> {
+fn next(locked: &Locked<'_>, n: usize, set: &RangeSet, taken: &Taken<'_>) -> Result<IpAddr> {
     let last = locked.last(n)?;
-    if let Some(address) = set.next(last, taken) {
+    let found = set.next(last, |address| taken.contains(address));
+    taken.check()?;
+    if let Some(address) = found {
         return Ok(address);
     }
     // Leases that name nobody are what a killed host-local leaves. Looking for them takes reading every lease.
@@ -271,6 +270,44 @@ fn next(
             ),
         )
     })
+}
+
+/// Which addresses have leases. The first few are asked for one by one, for the one after the last is nearly always free;
+/// where ranges are fuller than that all leases are listed, once.
+struct Taken<'a> {
+    store: &'a Store,
+    asked: Cell<usize>,
+    all: OnceCell<Result<BTreeSet<IpAddr>>>,
+}
+
+impl<'a> Taken<'a> {
+    const ONE_BY_ONE: usize = 16;
+
+    fn new(store: &'a Store) -> Self {
+        Self {
+            store,
+            asked: Cell::new(0),
+            all: OnceCell::new(),
+        }
+    }
+
+    fn contains(&self, address: IpAddr) -> bool {
+        self.asked.set(self.asked.get() + 1);
+        if self.asked.get() <= Self::ONE_BY_ONE {
+            return self.store.has_lease(address);
+        }
+        let all = self.all.get_or_init(|| self.store.addresses());
+        // Where leases cannot be listed, every address may have one.
+        all.as_ref().map_or(true, |all| all.contains(&address))
+    }
+
+    /// Fails when the leases could not be listed.
+    fn check(&self) -> Result<()> {
+        match self.all.get() {
+            Some(Err(error)) => Err(error.clone()),
+            _ => Ok(()),
+        }
+    }
 }
 
 fn dns(settings: &Settings) -> Result<Map<String, Value>> {

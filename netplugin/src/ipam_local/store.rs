@@ -133,6 +133,12 @@ impl Store {
         }
     }
 
+    /// Whether an address is leased, to whomever. One that cannot be asked for is.
+    pub(crate) fn has_lease(&self, address: IpAddr) -> bool {
+        let path = self.dir.join(address.to_string());
+        !matches!(path.symlink_metadata(), Err(error) if error.kind() == ErrorKind::NotFound)
+    }
+
     /// The addresses that are leased, to whomever.
     pub(crate) fn addresses(&self) -> Result<BTreeSet<IpAddr>> {
         Ok(self

@@ -12,7 +12,7 @@ use crate::attachment::Attachment;
 use crate::bridge::plan::Role;
 use crate::bridge::wire::Base;
 use crate::cni::config::Config;
-use crate::cni::delegate::Ipam;
+use crate::cni::delegate::{Ipam, Leasing};
 use crate::cni::env::Call;
 use crate::cni::error::{CniError, Code, Result};
 use crate::cni::ipam::{Lease, LeasedIp, RouteConfig};
@@ -47,7 +47,7 @@ pub(crate) fn add(
         config,
         attachment,
         options,
-        ipam,
+        ipam: &ipam,
         host,
         pod,
         made: Made::default(),
@@ -72,7 +72,7 @@ struct Add<'a> {
     config: &'a Config,
     attachment: Attachment,
     options: Options,
-    ipam: Ipam<'a>,
+    ipam: &'a Ipam<'a>,
     host: Side,
     pod: Side,
     made: Made,
@@ -80,15 +80,30 @@ struct Add<'a> {
 
 impl Add<'_> {
     fn run(&mut self, sandbox: &Path) -> Result<Value> {
-        let lease = self.lease()?;
-        match self.options.mode.clone() {
-            Mode::Bridge(bridge) => self.bridge(&lease, &bridge, sandbox),
-            Mode::Routed | Mode::Tune => self.routed(&lease, sandbox),
+        let uplink = UplinkMtu::find(&mut self.host.route)?;
+        // The pair needs no address: it is made while the IPAM plugin works.
+        let leasing = self.ipam.start_add();
+        let mode = self.options.mode.clone();
+        let pair = match &mode {
+            Mode::Bridge(bridge) => self.port(bridge, uplink),
+            Mode::Routed | Mode::Tune => self.pair(DEVICE_MTU, None),
+        };
+        // Also when there is no pair, for what was leased has to be given back.
+        let lease = self.lease(leasing);
+        let (pair, lease) = (pair?, lease?);
+        match &mode {
+            Mode::Bridge(bridge) => self.bridge(&lease, &pair, bridge, uplink, sandbox),
+            Mode::Routed | Mode::Tune => self.routed(&lease, &pair, uplink, sandbox),
         }
     }
 
-    fn routed(&mut self, lease: &Lease, sandbox: &Path) -> Result<Value> {
-        let uplink = UplinkMtu::find(&mut self.host.route)?;
+    fn routed(
+        &mut self,
+        lease: &Lease,
+        pair: &Pair,
+        uplink: UplinkMtu,
+        sandbox: &Path,
+    ) -> Result<Value> {
         let plan = routed::plan::plan(
             lease,
             &self.config.ipam_ranges(),
@@ -96,20 +111,19 @@ impl Add<'_> {
             self.options.mtu,
             uplink,
         )?;
-        let pair = self.pair(DEVICE_MTU, None)?;
-        routed::wire::configure(&mut self.host, &mut self.pod, &pair, &self.options, &plan)?;
+        routed::wire::configure(&mut self.host, &mut self.pod, pair, &plan)?;
         self.masquerade(&plan.addresses(), &plan.ranges)?;
         self.sysctls()?;
         let host = vec![interface(&pair.host)];
-        let result = self.result(lease, host, &pair, &plan.leased(), &plan.routes, sandbox)?;
+        let result = self.result(lease, host, pair, &plan.leased(), &plan.routes, sandbox)?;
         self.make_ready(plan.gateways(), plan.addresses())?;
         // Last: it is the only thing that is not undone, for others may have come to need it.
         sysctl::enable_forwarding(plan.has_v4(), plan.has_v6())?;
         Ok(result)
     }
 
-    fn bridge(&mut self, lease: &Lease, bridge: &BridgeOptions, sandbox: &Path) -> Result<Value> {
-        let uplink = UplinkMtu::find(&mut self.host.route)?;
+    /// Makes a pair that is a port of the bridge, which is made, too, where there is none.
+    fn port(&mut self, bridge: &BridgeOptions, uplink: UplinkMtu) -> Result<Pair> {
         // Where packets that leave pass the node, their routes can be narrower than the ports.
         let default = if bridge.is_gateway {
             DEVICE_MTU
@@ -118,32 +132,38 @@ impl Add<'_> {
         };
         let base = bridge::wire::ensure(&mut self.host, bridge, self.options.mtu, default)?;
         let (index, mtu) = (base.index, base.mtu);
-        let on_bridge = Interface {
-            name: &bridge.name,
-            mac: base.mac,
-            mtu,
-        };
         self.made.bridge = Some(base);
+        self.pair(mtu, Some(index))
+    }
+
+    fn bridge(
+        &mut self,
+        lease: &Lease,
+        pair: &Pair,
+        bridge: &BridgeOptions,
+        uplink: UplinkMtu,
+        sandbox: &Path,
+    ) -> Result<Value> {
         let role = Role {
             gateway: bridge.is_gateway,
             default_gateway: self.options.is_default_gateway,
         };
-        let plan = bridge::plan::plan(lease, &self.config.ipam_ranges(), role, mtu, uplink)?;
-        let pair = self.pair(mtu, Some(index))?;
+        let ranges = self.config.ipam_ranges();
+        let mtu = pair.host.mtu;
+        let plan = bridge::plan::plan(lease, &ranges, role, mtu, uplink)?;
+        let mut host = vec![interface(&pair.host)];
         if let Some(base) = &mut self.made.bridge {
-            bridge::wire::configure(
-                &mut self.host,
-                &mut self.pod,
-                &pair,
-                base,
-                &self.options,
-                &plan,
-            )?;
+            bridge::wire::configure(&mut self.host, &mut self.pod, pair, base, &plan)?;
+            let on_bridge = Interface {
+                name: &bridge.name,
+                mac: base.mac,
+                mtu,
+            };
+            host.insert(0, on_bridge);
         }
         self.masquerade(&plan.addresses(), &plan.ranges)?;
         self.sysctls()?;
-        let host = vec![on_bridge, interface(&pair.host)];
-        let result = self.result(lease, host, &pair, &plan.ips, &plan.routes, sandbox)?;
+        let result = self.result(lease, host, pair, &plan.ips, &plan.routes, sandbox)?;
         let gateways = plan.gateways.iter().map(IpNet::addr).collect();
         self.make_ready(gateways, plan.addresses())?;
         if bridge.is_gateway {
@@ -185,8 +205,8 @@ impl Add<'_> {
         wire::await_addresses((&mut self.host, host), (&mut self.pod, pod))
     }
 
-    fn lease(&mut self) -> Result<Lease> {
-        let mut lease = self.ipam.add();
+    fn lease(&mut self, leasing: Leasing<'_>) -> Result<Lease> {
+        let mut lease = leasing.finish();
         // A plugin that reported its own error has undone what it did, and what is leased under this id may
         // belong to an attachment that lives. One that broke or was killed may have leased already.
         self.made.lease = match &mut lease {

@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 
 use crate::traffic::{ip, path_mtu, tcp_transfer, udp_echo};
 use crate::world::{
-    HOST_V4, LISTING_VERSIONS, OUTSIDE_V4, OUTSIDE_V6, Pod, World, command, environment, run,
-    set_sysctl, sysctl,
+    HOST_V4, LISTING_VERSIONS, OUTSIDE_V4, OUTSIDE_V6, Pod, UPLINK_MTU, World, command,
+    environment, run, set_sysctl, sysctl,
 };
 
 #[test]
@@ -364,4 +364,24 @@ fn a_link_of_another_owner_is_left_alone() {
         .expect("remove the alias");
     world.quiet("DEL", &pod, &config);
     assert!(world.route().link_by_name(name).expect("read").is_none());
+}
+
+#[test]
+fn a_node_with_a_route_of_its_own_to_the_address_that_is_asked_for_has_its_default_route_found() {
+    let world = World::new();
+    for route in [
+        ["route", "add", "203.0.113.0/24", "dev", "lo"].as_slice(),
+        &["-6", "route", "add", "unreachable", "2001:db8:ffff::/48"],
+    ] {
+        world.host_command("ip", route);
+    }
+    let pod = Pod::new("pod-a");
+    world.add(&pod, &world.config("1.0.0", json!({})));
+    for outside in [OUTSIDE_V4, OUTSIDE_V6] {
+        assert_eq!(
+            path_mtu(&pod.netns, ip(outside)),
+            i32::try_from(UPLINK_MTU).expect("small"),
+            "{outside}"
+        );
+    }
 }
