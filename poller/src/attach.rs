@@ -12,12 +12,12 @@ use crate::claim::{self, Site};
 use crate::config::{Config, Feature};
 use crate::endpoint::{self, Endpoint, Found};
 use crate::keeper::{Job, Keeper, Watch, follow};
-use crate::policy::{Policy, WorkerPolicy};
+use crate::policy::Policy;
 use crate::record::{Findings, Record};
 use crate::state::{self, Degraded, Part, PodState, SocketCounters};
 use crate::tune::{Offloads, Tuner};
 use crate::window::Window;
-use crate::worker::{self, Choice};
+use crate::worker::{self, Choice, Sockets};
 use crate::{Error, Result};
 
 /// What to attach.
@@ -90,7 +90,10 @@ pub fn attach(request: AttachRequest) -> Result<Outcome> {
     };
     let state_dir = &request.config.state_dir;
     state::create_dir(state_dir)?;
-    clear_leftovers(state_dir)?;
+    if let Err(error) = clear_leftovers(state_dir) {
+        // What others left is no reason to leave this pod without its share; doctor tells of it.
+        tracing::warn!(%error, "what killed pods left could not be removed");
+    }
     let tuner = Tuner {
         host,
         pod: request.netns.try_clone()?,
@@ -181,6 +184,21 @@ pub fn clear_leftovers(state_dir: &Path) -> Result<()> {
     claim::sweep(state_dir)
 }
 
+impl AttachRequest {
+    /// Whether the pod's own sockets poll, as far as the caller knows by now.
+    fn sockets(&self) -> Sockets {
+        let missing = self
+            .degraded
+            .iter()
+            .find(|d| d.part == Part::SocketBusyPoll);
+        match (missing, self.window.micros) {
+            (Some(missing), _) => Sockets::Sleep(missing.reason.clone()),
+            (None, None) => Sockets::Sleep(self.window.reason.clone()),
+            (None, Some(_)) => Sockets::Poll,
+        }
+    }
+}
+
 /// What an attach has put together so far; dropping it takes the worker and the claim back.
 #[derive(Default)]
 struct Parts {
@@ -227,8 +245,12 @@ impl Parts {
     fn choose_worker(&mut self, request: &AttachRequest, pods: &[PodState]) {
         if self.veths.is_empty() {
             self.choice = Choice::none("no interface that can be polled");
-        } else if request.policy.worker == WorkerPolicy::None {
-            self.choice = Choice::none("none asked for");
+        } else if let Some(why) = worker::unwanted(
+            request.policy.worker,
+            &request.config.cpus,
+            &request.sockets(),
+        ) {
+            self.choice = Choice::none(why);
         } else if let Some(off) = request.config.switched_off(Feature::Sqpoll) {
             self.choice = Choice::failed(off);
         } else if let Some(unknown) = &self.findings.ids_unknown {

@@ -38,7 +38,7 @@ pub enum Error {
     },
     /// A worker wants a CPU of the pool, and the node has none.
     #[error(
-        "no CPU pool for a {kind} worker: set cpus in {config} (cpus = \"2-3\", or \"isolated\" where the kernel isolates CPUs), or ask for kbp.io/worker: idle"
+        "no CPU pool for a {kind} worker: set cpus in {config} (cpus = \"2-3\", or \"isolated\" where the kernel isolates CPUs), or ask for kbp.io/worker: auto or none"
     )]
     NoPool {
         /// `dedicated` or `shared`.
@@ -48,7 +48,7 @@ pub enum Error {
     },
     /// Every CPU of the pool is held or offline.
     #[error(
-        "no free CPU for a {kind} worker in the pool {pool} (cpus in {config}): {holders}; enlarge the pool, or ask for kbp.io/worker: idle"
+        "no free CPU for a {kind} worker in the pool {pool} (cpus in {config}): {holders}; enlarge the pool, or ask for kbp.io/worker: auto or none"
     )]
     NoFreeCpu {
         /// `dedicated` or `shared`.

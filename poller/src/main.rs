@@ -47,7 +47,7 @@ struct AttachArgs {
     /// The namespace: /run/netns/NAME or /proc/PID/ns/net.
     #[arg(long, value_name = "PATH")]
     netns: PathBuf,
-    /// The worker [default: what the config file says, else auto].
+    /// The worker [default: what the config file says, else shared where the node has a CPU pool, else idle].
     #[arg(long, value_enum)]
     worker: Option<Worker>,
     /// The offloads [default: what the config file says, else latency].
@@ -63,7 +63,7 @@ struct AttachArgs {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Worker {
-    /// A shared core of the node's CPU pool, else idle cycles.
+    /// As for a pod: a shared core of the node's CPU pool, and nothing where there is none.
     Auto,
     /// A core of the pool for this pod alone.
     Dedicated,
@@ -120,15 +120,20 @@ fn run(args: &AttachArgs) -> Result<()> {
         }),
         ..Layer::default()
     };
-    let mut policy = Policy {
+    // Nobody makes these sockets poll, so a worker is what there is to gain: without a pool one on idle cycles.
+    let default = Layer {
+        worker: Some(if config.cpus.is_empty() {
+            WorkerPolicy::Idle
+        } else {
+            WorkerPolicy::Shared
+        }),
+        ..Layer::default()
+    };
+    let policy = Policy {
         // What is missing is told here, in the words of this tool.
         required: false,
-        ..Policy::resolve(&[asked, config.policy])
+        ..Policy::resolve(&[asked, config.policy, default])
     };
-    // Nobody makes these sockets poll, so that here a worker on idle cycles is what there is to gain.
-    if policy.worker == WorkerPolicy::Auto && config.cpus.is_empty() {
-        policy.worker = WorkerPolicy::Idle;
-    }
     if policy.worker == WorkerPolicy::None {
         bail!(
             "{} says worker = \"none\"; name another with --worker",

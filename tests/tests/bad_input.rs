@@ -69,7 +69,7 @@ fn config_values() {
             ("busy-poll = \"soon\"", ["busy-poll", "off"]),
             ("profile = 7", ["profile", "throughput"]),
             ("required = \"perhaps\"", ["required", "true"]),
-            ("cpus = \"4096\"", ["cpus", "4096"]),
+            ("cpus = \"4096\"", ["4096", "does not exist"]),
             ("cpus = \"zero\"", ["cpus", "zero"]),
             ("state-dir = \"here\"", ["state-dir", "absolute"]),
             ("disable = [\"gravity\"]", ["gravity", "sqpoll"]),
@@ -242,6 +242,15 @@ fn a_state_directory_that_is_a_file() {
         let run = lab
             .container("c", ["sleep", "1000"])
             .netns(&pod.netns.path());
+        lab.containerd
+            .start_container(run.clone())
+            .expect("without required it runs all the same");
+        lab.answers("c");
+        assert!(
+            lab.containerd.log().contains("/run/occupied"),
+            "nobody is told why"
+        );
+        lab.containerd.remove("c").expect("remove");
         refused(
             lab,
             run.annotation("kbp.io/required", "true"),

@@ -80,6 +80,10 @@ fn both_arms_are_measured_and_written() {
             "{file}"
         );
     }
+    assert!(
+        !output.stdout.contains("Not all of kbp was active"),
+        "{output}"
+    );
     for text in ["kbp / stock", "How these figures were got", "kbpctl status"] {
         assert!(output.stdout.contains(text), "{text} is missing: {output}");
     }
@@ -89,9 +93,13 @@ fn both_arms_are_measured_and_written() {
 fn an_interrupted_demo_removes_everything() {
     let out = tempfile::tempdir().expect("a directory");
     // The first step of the demo, and a later one: containerd comes up in the one, containers run in the other.
-    for moment in ["building the image", "[ 1/"] {
+    for (moment, arm) in [
+        ("building the image", "stock"),
+        ("[ 1/", "stock"),
+        ("[ 1/", "kbp"),
+    ] {
         let mut running =
-            Running::start(demo(out.path(), &["--arm", "stock"])).expect("start the demo");
+            Running::start(demo(out.path(), &["--arm", arm])).expect("start the demo");
         let pid = running.pid();
         let begun = wait_until(moment, LIMIT, || match running.stderr().contains(moment) {
             true => Ok(true),

@@ -132,7 +132,7 @@ fn quick_start(generation: Generation, cni_bin_dir: &str) {
     assert!(status.contains("r1") && status.contains("eth0"), "{status}");
     let states = kbp_poller::state::read_all(&sandbox.dir().join("run/kbp")).expect("states");
     assert!(
-        states.len() == 1 && states[0].degraded.is_empty(),
+        states.len() == 1 && states[0].worker.is_none() && states[0].degraded.is_empty(),
         "{states:#?}"
     );
     let doctor = kbpctl(&["doctor"]);

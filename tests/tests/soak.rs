@@ -164,6 +164,7 @@ fn a_killed_node_is_cleared_at_the_next_start(lab: &Lab<'_>) {
     lab.containerd
         .start_container(
             lab.container("c", ["sleep", "1000"])
+                .annotation("kbp.io/worker", "idle")
                 .netns(&pod.netns.path()),
         )
         .expect("start");

@@ -208,7 +208,7 @@ fn what_is_switched_off_degrades_with_the_name_of_the_file() {
     ] {
         let node = Node::new();
         let config = format!("disable = [\"{feature}\"]");
-        let request = node.request("a", WorkerPolicy::Auto, &config);
+        let request = node.request("a", WorkerPolicy::Idle, &config);
         let reason = format!(
             "switched off by disable = [\"{feature}\"] in {}",
             request.config.path.display()
@@ -225,7 +225,7 @@ fn what_is_switched_off_degrades_with_the_name_of_the_file() {
         let features = ethtool::features(&node.host, "vhost0").expect("features");
         assert_eq!(features == POLLABLE, keeps_veth, "{feature}");
 
-        let mut request = node.request("a", WorkerPolicy::Auto, &config);
+        let mut request = node.request("a", WorkerPolicy::Idle, &config);
         request.policy.required = true;
         let error = node.attach(request).expect_err("required");
         assert!(
@@ -235,6 +235,45 @@ fn what_is_switched_off_degrades_with_the_name_of_the_file() {
         assert!(error.to_string().contains(&reason), "{error}");
         assert_eq!(node.state_files(), Vec::<String>::new());
     }
+}
+
+#[test]
+fn a_worker_that_nobody_wants_is_not_missing() {
+    let node = Node::new();
+    for config in ["", "disable = [\"sqpoll\"]"] {
+        let mut request = node.request("a", WorkerPolicy::Auto, config);
+        request.policy.required = true;
+        let state = node.attached(request).state();
+        assert_eq!(state.degraded, [], "{config}");
+        assert!(state.worker.is_none(), "{state:?}");
+        assert!(
+            state
+                .worker_reason
+                .starts_with("auto: the node has no CPU pool"),
+            "{}",
+            state.worker_reason
+        );
+    }
+    // A pool says that workers are wanted.
+    let config = format!("disable = [\"sqpoll\"]\ncpus = \"{}\"", any_cpu());
+    let state = node
+        .attached(node.request("a", WorkerPolicy::Auto, &config))
+        .state();
+    assert_eq!(state.degraded.len(), 1, "{state:?}");
+    assert_eq!(state.degraded[0].part, Part::Worker);
+}
+
+#[test]
+fn claims_that_cannot_be_cleared_cost_nothing_but_their_cpus() {
+    let node = Node::new();
+    let state_dir = node.state_dir();
+    std::fs::create_dir_all(&state_dir).expect("mkdir");
+    std::fs::write(state_dir.join("cpu"), "").expect("occupy the directory of claims");
+    let state = node
+        .attached(node.request("a", WorkerPolicy::Auto, ""))
+        .state();
+    assert_eq!(state.degraded, []);
+    std::fs::remove_file(state_dir.join("cpu")).expect("remove");
 }
 
 #[test]

@@ -40,6 +40,22 @@ fn the_second_dedicated_pod_on_a_pool_of_one_is_told_who_has_it() {
     assert!(state.worker.is_none(), "nothing that was not asked for");
     drop(degraded);
 
+    // Auto asks for nothing in particular: it does without.
+    let mut auto = request(true);
+    auto.policy.worker = WorkerPolicy::Auto;
+    let state = other.attached(auto).state();
+    assert!(
+        state.worker.is_none() && state.degraded.is_empty(),
+        "{state:?}"
+    );
+    assert!(
+        state
+            .worker_reason
+            .contains(&format!("CPU {cpu} is held by test/first")),
+        "{}",
+        state.worker_reason
+    );
+
     let error = other.attach(request(true)).expect_err("required");
     assert!(
         matches!(&error, Error::Required { part: Part::Worker, reason: r } if r == reason),

@@ -26,6 +26,9 @@ use crate::spec::{CpuLimits, Network, Spec};
 
 const NO_INTERFACE: &str = "there is no interface in the pod's network namespace";
 
+/// Its processes come back with the filters they had, or none.
+const RESTORED: &str = "the container is restored from a checkpoint";
+
 const OWN_NETWORK: &str = "it has a network of its own, and kbp looks after that of the pod's first container; give it the first one's network, or a pod of its own";
 
 /// Reads the node's settings.
@@ -172,8 +175,11 @@ impl Pod {
         };
         let mut edited = None;
         if !request.checkpoint.is_empty() {
-            // Its processes come back with the filters they had, or none.
-            container.window.reason = "the container is restored from a checkpoint".to_owned();
+            container.window.reason = RESTORED.to_owned();
+            container.degraded = treat::no_sockets(RESTORED);
+            if required {
+                return Err(required_missing(Part::SocketBusyPoll, RESTORED));
+            }
         } else if !host_network {
             container.window = treat::window(&founded.asked, &container.limits, &self.context);
             edited = self.install(inner, &mut spec, &mut container, request);
