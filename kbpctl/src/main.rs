@@ -7,6 +7,7 @@ mod text;
 use std::io::{ErrorKind, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use kbp_poller::error::one_line;
@@ -26,9 +27,15 @@ struct Cli {
 enum Command {
     /// Lists the attached pods: veths, NAPI ids, workers, windows, and what is not active and why.
     Status {
-        /// Prints JSON: `{"pods": [...], "stale": [...]}`.
+        /// Prints JSON: `{"pods": [...], "stale": [...]}`; with --watch one object a line, with rates.
         #[arg(long)]
         json: bool,
+        /// Live, like top: q ends, n p b c s m sort, r reverses, d shows the reasons of the pod that the arrows choose.
+        #[arg(long, short)]
+        watch: bool,
+        /// Seconds between two readings of --watch.
+        #[arg(long, value_name = "SECONDS", default_value_t = 1.0, value_parser = seconds)]
+        interval: f64,
         /// Also says why each worker and each window was chosen.
         #[arg(long, short)]
         verbose: bool,
@@ -49,6 +56,14 @@ enum Command {
     },
 }
 
+/// An interval that neither spins nor seems dead.
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.1..=3600.0).contains(&seconds) => Ok(seconds),
+        _ => Err("a number from 0.1 to 3600".to_owned()),
+    }
+}
+
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -61,9 +76,18 @@ fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Status {
             json,
+            watch,
+            interval,
             verbose,
             state_dir,
-        } => status::run(state_dir.as_deref(), json, verbose).map(|text| (text, 0)),
+        } => {
+            let options = status::Options {
+                json,
+                verbose,
+                watch: watch.then(|| Duration::from_secs_f64(interval)),
+            };
+            status::run(state_dir.as_deref(), options).map(|text| (text, 0))
+        }
         Command::Doctor { json, address } => doctor::run(json, &address),
     };
     match outcome {

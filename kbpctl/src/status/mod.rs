@@ -1,6 +1,10 @@
-//! `kbpctl status`: the state files, readable.
+//! `kbpctl status`: the state files, readable, with the counters behind them.
+
+mod sample;
+mod watch;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use kbp_poller::config::Config;
@@ -9,38 +13,92 @@ use kbp_poller::state::{self, PodState, Stale};
 use serde::Serialize;
 
 use crate::text;
+use sample::{Counters, Rates, Sampler};
 
-#[derive(Debug, Serialize)]
+#[derive(Debug)]
 struct Status {
     pods: Vec<PodState>,
     stale: Vec<Stale>,
 }
 
-/// The whole output.
-pub(crate) fn run(state_dir: Option<&Path>, json: bool, verbose: bool) -> Result<String> {
+/// A pod as `--json` has it: its state, and the counters and rates beside it.
+#[derive(Debug, Serialize)]
+struct WrittenPod<'a> {
+    #[serde(flatten)]
+    state: &'a PodState,
+    counters: Counters,
+    /// With `--watch` only: it takes two readings.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rates: Option<Rates>,
+}
+
+/// What `--json` prints.
+#[derive(Debug, Serialize)]
+struct Written<'a> {
+    pods: Vec<WrittenPod<'a>>,
+    stale: &'a [Stale],
+}
+
+impl<'a> Written<'a> {
+    fn of(status: &'a Status, counters: &[Counters], rates: Option<&[Rates]>) -> Self {
+        let pods = status.pods.iter().zip(counters).enumerate();
+        Self {
+            pods: pods
+                .map(|(n, (state, counters))| WrittenPod {
+                    state,
+                    counters: *counters,
+                    rates: rates.and_then(|r| r.get(n)).copied(),
+                })
+                .collect(),
+            stale: &status.stale,
+        }
+    }
+}
+
+impl Status {
+    fn read(dir: &Path) -> Result<Self> {
+        let read = || {
+            anyhow::Ok(Self {
+                pods: state::read_all(dir)?,
+                stale: state::stale(dir)?,
+            })
+        };
+        if nix::unistd::geteuid().is_root() {
+            return read();
+        }
+        read().context("the state is for root only: run as root")
+    }
+}
+
+/// What to show and how.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Options {
+    pub(crate) json: bool,
+    pub(crate) verbose: bool,
+    /// Live, with this pause between two readings.
+    pub(crate) watch: Option<Duration>,
+}
+
+/// The whole output; empty when it was shown live.
+pub(crate) fn run(state_dir: Option<&Path>, options: Options) -> Result<String> {
     let dir: PathBuf = match state_dir {
         Some(dir) => dir.to_owned(),
         None => Config::load()?.state_dir,
     };
-    let hint = "the state is for root only: run as root";
-    let hint = (!nix::unistd::geteuid().is_root()).then_some(hint);
-    let read = || {
-        anyhow::Ok(Status {
-            pods: state::read_all(&dir)?,
-            stale: state::stale(&dir)?,
-        })
-    };
-    let status = match (read(), hint) {
-        (Err(error), Some(hint)) => return Err(error).context(hint),
-        (read, _) => read?,
-    };
-    if json {
-        return Ok(serde_json::to_string_pretty(&status)? + "\n");
+    if let Some(interval) = options.watch {
+        watch::run(&dir, interval, options.json)?;
+        return Ok(String::new());
     }
-    Ok(render(&status, &dir, verbose))
+    let status = Status::read(&dir)?;
+    let counters = Sampler::default().read(&status.pods);
+    if options.json {
+        let written = Written::of(&status, &counters, None);
+        return Ok(serde_json::to_string_pretty(&written)? + "\n");
+    }
+    Ok(render(&status, &counters, &dir, options.verbose))
 }
 
-fn render(status: &Status, dir: &Path, verbose: bool) -> String {
+fn render(status: &Status, counters: &[Counters], dir: &Path, verbose: bool) -> String {
     let mut out = String::new();
     if status.pods.is_empty() {
         out += &format!("no pod is attached (state directory {})\n", dir.display());
@@ -50,7 +108,7 @@ fn render(status: &Status, dir: &Path, verbose: bool) -> String {
         rows.extend(status.pods.iter().flat_map(rows_of));
         out += &text::table(&rows);
     }
-    for pod in &status.pods {
+    for (pod, counters) in status.pods.iter().zip(counters) {
         let mut lines = Vec::new();
         for missing in &pod.degraded {
             lines.push(format!("missing {}: {}", missing.part, missing.reason));
@@ -63,6 +121,7 @@ fn render(status: &Status, dir: &Path, verbose: bool) -> String {
                 "sockets: {} given a window, {} epoll instances, {} trapped calls, {} of them failed",
                 done.sockets_set, done.epolls_given, done.calls_handled, done.errors
             ));
+            lines.push(format!("packets: {}", packets(counters)));
             if let Some(cpuset) = &pod.cpuset {
                 lines.push(format!("cpuset: {cpuset}"));
             }
@@ -103,28 +162,57 @@ fn rows_of(pod: &PodState) -> Vec<Vec<String>> {
     if rows.is_empty() {
         rows.push(vec![String::new(), none(), none()]);
     }
-    let (worker, cpu) = match &pod.worker {
+    let (worker, cpu) = worker(pod);
+    let first = &mut rows[0];
+    first[0] = short(pod);
+    first.extend([worker, cpu, window(pod), parts(pod)]);
+    rows
+}
+
+/// `host end > pod end` of each interface.
+fn veths(pod: &PodState) -> Vec<String> {
+    let name = |i: &state::InterfaceState| format!("{} > {}", i.host_interface, i.pod_interface);
+    pod.interfaces.iter().map(name).collect()
+}
+
+/// The worker and its CPU.
+fn worker(pod: &PodState) -> (String, String) {
+    match &pod.worker {
         Some(w) => (
             format!("{} {} {}", w.policy, w.kind, w.tid),
             w.cpu.to_string(),
         ),
-        None => (WorkerPolicy::None.to_string(), none()),
-    };
+        None => (WorkerPolicy::None.to_string(), "-".to_owned()),
+    }
+}
+
+/// How long the sockets poll.
+fn window(pod: &PodState) -> String {
+    pod.busy_poll_us
+        .map_or_else(|| "off".to_owned(), |us| format!("{us} µs"))
+}
+
+/// The parts that are not active.
+fn parts(pod: &PodState) -> String {
     let parts: Vec<String> = pod.degraded.iter().map(|d| d.part.to_string()).collect();
-    let first = &mut rows[0];
-    first[0] = short(pod);
-    first.extend([
-        worker,
-        cpu,
-        pod.busy_poll_us
-            .map_or_else(|| "off".to_owned(), |us| format!("{us} µs")),
-        if parts.is_empty() {
-            none()
-        } else {
-            parts.join(",")
-        },
-    ]);
-    rows
+    match parts.is_empty() {
+        true => "-".to_owned(),
+        false => parts.join(","),
+    }
+}
+
+fn packets(counters: &Counters) -> String {
+    let known = |n: Option<u64>| n.map_or_else(|| "unknown".to_owned(), |n| n.to_string());
+    let cpu = match counters.worker_cpu_ns {
+        Some(ns) => format!(", worker {:.3} s of CPU", ns as f64 / 1e9),
+        None => String::new(),
+    };
+    format!(
+        "{} from the pod, {} to it, {} of these polled by its sockets{cpu}",
+        known(counters.from_pod),
+        known(counters.to_pod),
+        known(counters.polled_by_sockets)
+    )
 }
 
 /// Namespace and id; Kubernetes' ids of 64 digits are cut as every other tool cuts them.
@@ -136,13 +224,13 @@ fn short(pod: &PodState) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use kbp_poller::policy::Profile;
     use kbp_poller::state::{Degraded, InterfaceState, Part, SocketCounters, WorkerState};
 
     use super::*;
 
-    fn pod() -> PodState {
+    pub(super) fn pod() -> PodState {
         PodState {
             id: "a".repeat(64),
             namespace: "k8s.io".to_owned(),
@@ -193,7 +281,12 @@ mod tests {
 
     #[test]
     fn a_pod_is_one_line_and_its_reasons_follow() {
-        let text = render(&status(vec![pod()]), Path::new("/run/kbp"), false);
+        let text = render(
+            &status(vec![pod()]),
+            &[Counters::default()],
+            Path::new("/run/kbp"),
+            false,
+        );
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(
             lines[1]
@@ -225,12 +318,18 @@ mod tests {
 
     #[test]
     fn verbose_says_why() {
-        let text = render(&status(vec![pod()]), Path::new("/run/kbp"), true);
+        let text = render(
+            &status(vec![pod()]),
+            &[Counters::default()],
+            Path::new("/run/kbp"),
+            true,
+        );
         for part in [
             "worker: auto: no pool",
             "window: auto: shared CPUs",
             "owner: process 7",
             "sockets: 3 given a window",
+            "packets: unknown from the pod",
         ] {
             assert!(text.contains(part), "{text}");
         }
@@ -243,7 +342,12 @@ mod tests {
         bare.worker = None;
         bare.busy_poll_us = None;
         bare.degraded.clear();
-        let text = render(&status(vec![bare]), Path::new("/run/kbp"), false);
+        let text = render(
+            &status(vec![bare]),
+            &[Counters::default()],
+            Path::new("/run/kbp"),
+            false,
+        );
         let line = text.lines().nth(1).expect("a line");
         assert_eq!(
             line.split_whitespace().skip(1).collect::<Vec<_>>(),
@@ -253,7 +357,7 @@ mod tests {
 
     #[test]
     fn no_pods_is_said() {
-        let text = render(&status(Vec::new()), Path::new("/run/x"), false);
+        let text = render(&status(Vec::new()), &[], Path::new("/run/x"), false);
         assert!(
             text.starts_with("no pod is attached (state directory /run/x)"),
             "{text}"
