@@ -22,7 +22,34 @@ pub fn without() -> Result<PathBuf> {
 
 /// The echo server in Go, static.
 pub fn go_echo() -> Result<PathBuf> {
-    built("echo.go", "echo-go", |source, out, work| {
+    go_program("echo.go", "echo-go")
+}
+
+/// The HTTP server and client in Go, static.
+pub fn go_http() -> Result<PathBuf> {
+    go_program("apps/http.go", "http-go")
+}
+
+/// The echo server for a JVM: one class file.
+pub fn java_echo() -> Result<PathBuf> {
+    built("apps/Echo.java", "Echo.class", |source, out, work| {
+        let mut command = Command::new("sh");
+        // javac takes a directory, and the class file's name is given.
+        command
+            .args([
+                "-c",
+                "mkdir -p \"$3\" && \"$0\" -d \"$3\" \"$1\" && mv \"$3/Echo.class\" \"$2\"",
+            ])
+            .arg(program("javac", "default-jdk-headless")?)
+            .arg(source)
+            .arg(out)
+            .arg(work.join(format!("java.{}", std::process::id())));
+        Ok(command)
+    })
+}
+
+fn go_program(source: &str, name: &str) -> Result<PathBuf> {
+    built(source, name, |source, out, work| {
         let go = program("go", "golang-go")?;
         let mut command = Command::new(go);
         // No module, no download, nothing written to the home directory.

@@ -18,6 +18,7 @@
 //! # }
 //! ```
 
+pub mod apps;
 pub mod binaries;
 pub mod command;
 pub mod containerd;

@@ -1,6 +1,6 @@
 //! A plain UDP request/response client: one blocking socket, one request under way, every round trip in an HDR histogram.
 //!
-//! `udp-rr ADDRESS SECONDS [BYTES]` prints one JSON object: counts, and the latency in µs at a list of quantiles.
+//! `udp-rr ADDRESS SECONDS [BYTES [PAUSE]]` sleeps PAUSE µs after each answer, and prints one JSON object: counts, and the latency in µs at a list of quantiles.
 
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
@@ -13,11 +13,13 @@ const LOST_AFTER: Duration = Duration::from_millis(500);
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let (address, seconds, bytes) = match arguments.as_slice() {
-        [address, seconds] => (address, seconds, "64"),
-        [address, seconds, bytes] => (address, seconds, bytes.as_str()),
-        _ => bail!("usage: udp-rr ADDRESS SECONDS [BYTES]"),
+    let (address, seconds, bytes, pause) = match arguments.as_slice() {
+        [address, seconds] => (address, seconds, "64", "0"),
+        [address, seconds, bytes] => (address, seconds, bytes.as_str(), "0"),
+        [address, seconds, bytes, pause] => (address, seconds, bytes.as_str(), pause.as_str()),
+        _ => bail!("usage: udp-rr ADDRESS SECONDS [BYTES [PAUSE]]"),
     };
+    let pause = Duration::from_micros(pause.parse().with_context(|| format!("pause: {pause}"))?);
     let seconds: f64 = seconds
         .parse()
         .with_context(|| format!("seconds: {seconds}"))?;
@@ -51,6 +53,9 @@ fn main() -> Result<()> {
             false => lost += 1,
         }
         sequence += 1;
+        if !pause.is_zero() {
+            std::thread::sleep(pause);
+        }
     }
     let elapsed = begin.elapsed().as_secs_f64();
     ensure!(

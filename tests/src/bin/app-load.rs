@@ -1,0 +1,322 @@
+//! A plain client for the servers of the tests and benches: every answer is compared with what it has to be, every round trip is in
+//! an HDR histogram. Its connections are in one epoll instance, each with one request under way.
+//!
+//! `app-load echo|http|memcache|resp ADDRESS CLIENTS MILLISECONDS`,
+//! `app-load connect ADDRESS COUNT` (short connections to an echo server, one after the other) or
+//! `app-load syscalls MILLISECONDS` (a program without sockets). Prints one JSON object.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use hdrhistogram::Histogram;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+
+/// A request without an answer after this long ends the run.
+const LOST_AFTER: Duration = Duration::from_secs(5);
+/// As long as what Redis' own benchmark stores, roughly.
+const VALUE: &str = "0123456789abcdef0123456789abcdef";
+
+/// What is asked and what has to come back.
+struct Protocol {
+    /// Sent once on each connection, with its answer.
+    first: Option<(Vec<u8>, Vec<u8>)>,
+    request: Vec<u8>,
+    answer: Answer,
+}
+
+enum Answer {
+    /// These bytes.
+    Exactly(Vec<u8>),
+    /// `HTTP/1.1 200` with a body of its stated length that begins with a greeting.
+    Http,
+}
+
+impl Protocol {
+    fn named(name: &str) -> Result<Self> {
+        let exactly = |request: &str, answer: &str| Self {
+            first: None,
+            request: request.into(),
+            answer: Answer::Exactly(answer.into()),
+        };
+        Ok(match name {
+            "echo" => {
+                let text = VALUE.repeat(2);
+                exactly(&text, &text)
+            }
+            "http" => Self {
+                first: None,
+                request: b"GET / HTTP/1.1\r\nHost: server\r\n\r\n".to_vec(),
+                answer: Answer::Http,
+            },
+            "memcache" => Self {
+                first: Some((
+                    format!("set key 0 0 {}\r\n{VALUE}\r\n", VALUE.len()).into(),
+                    b"STORED\r\n".to_vec(),
+                )),
+                ..exactly(
+                    "get key\r\n",
+                    &format!("VALUE key 0 {}\r\n{VALUE}\r\nEND\r\n", VALUE.len()),
+                )
+            },
+            "resp" => Self {
+                first: Some((format!("SET key {VALUE}\r\n").into(), b"+OK\r\n".to_vec())),
+                ..exactly(
+                    "*2\r\n$3\r\nGET\r\n$3\r\nkey\r\n",
+                    &format!("${}\r\n{VALUE}\r\n", VALUE.len()),
+                )
+            },
+            other => bail!("{other}: not echo, http, memcache or resp"),
+        })
+    }
+}
+
+impl Answer {
+    /// Whether `bytes` are a whole answer: None while more has to come, false when it is a wrong one.
+    fn judge(&self, bytes: &[u8]) -> Option<bool> {
+        match self {
+            Self::Exactly(expected) if bytes.len() < expected.len() => {
+                (!expected.starts_with(bytes)).then_some(false)
+            }
+            Self::Exactly(expected) => Some(bytes == expected),
+            Self::Http => judge_http(bytes),
+        }
+    }
+}
+
+fn judge_http(bytes: &[u8]) -> Option<bool> {
+    let end = bytes.windows(4).position(|w| w == b"\r\n\r\n")?;
+    let Ok(head) = std::str::from_utf8(&bytes[..end]) else {
+        return Some(false);
+    };
+    let length = head.lines().find_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        name.eq_ignore_ascii_case("content-length")
+            .then(|| value.trim().parse::<usize>().ok())?
+    });
+    let Some(length) = length else {
+        return Some(false);
+    };
+    let body = &bytes[end + 4..];
+    if body.len() < length {
+        return None;
+    }
+    Some(
+        head.starts_with("HTTP/1.1 200") && body.len() == length && body.starts_with(b"hello from"),
+    )
+}
+
+/// One connection with the request that is under way.
+struct Connection {
+    stream: TcpStream,
+    sent: Instant,
+    received: Vec<u8>,
+}
+
+impl Connection {
+    fn open(address: &str, protocol: &Protocol) -> Result<Self> {
+        let mut stream =
+            TcpStream::connect(address).with_context(|| format!("connect {address}"))?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(LOST_AFTER))?;
+        if let Some((request, answer)) = &protocol.first {
+            stream.write_all(request)?;
+            let mut got = vec![0; answer.len()];
+            stream.read_exact(&mut got).context("the first answer")?;
+            ensure!(
+                got == *answer,
+                "wrong first answer: {}",
+                String::from_utf8_lossy(&got)
+            );
+        }
+        stream.set_nonblocking(true)?;
+        Ok(Self {
+            stream,
+            sent: Instant::now(),
+            received: Vec::with_capacity(4096),
+        })
+    }
+
+    fn ask(&mut self, request: &[u8]) -> Result<()> {
+        self.received.clear();
+        self.sent = Instant::now();
+        // A request of some bytes on an idle connection always fits.
+        self.stream.write_all(request).context("send")
+    }
+
+    /// Takes what has come; whether the answer is whole.
+    fn take(&mut self, answer: &Answer) -> Result<bool> {
+        let mut piece = [0; 4096];
+        loop {
+            match self.stream.read(&mut piece) {
+                Ok(0) => bail!("the server closed a connection"),
+                Ok(n) => self.received.extend_from_slice(&piece[..n]),
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(false),
+                Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+                Err(e) => return Err(e).context("receive"),
+            }
+            match answer.judge(&self.received) {
+                Some(true) => return Ok(true),
+                Some(false) => bail!("wrong answer: {}", String::from_utf8_lossy(&self.received)),
+                None => {}
+            }
+        }
+    }
+}
+
+fn load(protocol: &Protocol, address: &str, clients: usize, length: Duration) -> Result<()> {
+    ensure!((1..=10_000).contains(&clients), "{clients} clients");
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("epoll_create1")?;
+    let mut connections: Vec<Connection> = (0..clients)
+        .map(|_| Connection::open(address, protocol))
+        .collect::<Result<_>>()?;
+    for (n, connection) in connections.iter().enumerate() {
+        epoll.add(
+            connection.stream.as_fd(),
+            EpollEvent::new(EpollFlags::EPOLLIN, n as u64),
+        )?;
+    }
+    let mut latency = Histogram::<u64>::new(3).context("histogram")?;
+    let mut events = vec![EpollEvent::empty(); clients];
+    let begin = Instant::now();
+    for connection in &mut connections {
+        connection.ask(&protocol.request)?;
+    }
+    let mut under_way = clients;
+    while under_way > 0 {
+        let timeout = EpollTimeout::try_from(LOST_AFTER)?;
+        let count = match epoll.wait(&mut events, timeout) {
+            Ok(0) => bail!("{under_way} requests without an answer"),
+            Ok(count) => count,
+            Err(nix::errno::Errno::EINTR) => continue,
+            Err(errno) => return Err(errno).context("epoll_wait"),
+        };
+        for event in &events[..count] {
+            let connection = &mut connections[event.data() as usize];
+            if !connection.take(&protocol.answer)? {
+                continue;
+            }
+            latency.record(u64::try_from(connection.sent.elapsed().as_nanos())?)?;
+            if begin.elapsed() < length {
+                connection.ask(&protocol.request)?;
+            } else {
+                under_way -= 1;
+            }
+        }
+    }
+    tell(&latency, begin.elapsed());
+    Ok(())
+}
+
+/// Connections that live for one echo.
+fn connect(address: &str, count: u32) -> Result<()> {
+    let mut latency = Histogram::<u64>::new(3).context("histogram")?;
+    let begin = Instant::now();
+    for _ in 0..count {
+        let from = Instant::now();
+        let mut stream =
+            TcpStream::connect(address).with_context(|| format!("connect {address}"))?;
+        stream.set_read_timeout(Some(LOST_AFTER))?;
+        stream.write_all(VALUE.as_bytes())?;
+        let mut got = [0; VALUE.len()];
+        stream.read_exact(&mut got).context("receive")?;
+        ensure!(got == *VALUE.as_bytes(), "wrong answer");
+        drop(stream);
+        latency.record(u64::try_from(from.elapsed().as_nanos())?)?;
+    }
+    tell(&latency, begin.elapsed());
+    Ok(())
+}
+
+/// What a system call costs a program that makes no socket.
+fn syscalls(length: Duration) -> Result<()> {
+    const BATCH: u32 = 1000;
+    // Per batch, in nanoseconds: a mean over the whole would show every interruption.
+    let mut latency = Histogram::<u64>::new(3).context("histogram")?;
+    let begin = Instant::now();
+    while begin.elapsed() < length {
+        let from = Instant::now();
+        for _ in 0..BATCH {
+            std::hint::black_box(nix::unistd::getppid());
+        }
+        latency.record(u64::try_from(from.elapsed().as_nanos())?)?;
+    }
+    tell(&latency, begin.elapsed());
+    Ok(())
+}
+
+fn tell(latency: &Histogram<u64>, elapsed: Duration) {
+    let microseconds = |quantile: f64| latency.value_at_quantile(quantile) as f64 / 1000.0;
+    println!(
+        "{}",
+        serde_json::json!({
+            "samples": latency.len(),
+            "wrong": 0,
+            "per_second": latency.len() as f64 / elapsed.as_secs_f64(),
+            "p50_us": microseconds(0.5),
+            "p99_us": microseconds(0.99),
+            "p99_9_us": microseconds(0.999),
+            "max_us": latency.max() as f64 / 1000.0,
+        })
+    );
+    // Who reads the output may stop reading when it hears of the end.
+    std::thread::sleep(Duration::from_millis(100));
+}
+
+fn main() -> Result<()> {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let milliseconds = |text: &str| -> Result<Duration> {
+        Ok(Duration::from_millis(
+            text.parse()
+                .with_context(|| format!("milliseconds: {text}"))?,
+        ))
+    };
+    match words[..] {
+        ["connect", address, count] => connect(
+            address,
+            count.parse().with_context(|| format!("count: {count}"))?,
+        ),
+        ["syscalls", length] => syscalls(milliseconds(length)?),
+        [protocol, address, clients, length] => load(
+            &Protocol::named(protocol)?,
+            address,
+            clients
+                .parse()
+                .with_context(|| format!("clients: {clients}"))?,
+            milliseconds(length)?,
+        ),
+        _ => bail!(
+            "usage: app-load echo|http|memcache|resp ADDRESS CLIENTS MILLISECONDS | connect ADDRESS COUNT | syscalls MILLISECONDS"
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_are_judged_whole() {
+        let echo = Protocol::named("echo").expect("protocol");
+        assert_eq!(echo.answer.judge(&echo.request), Some(true));
+        assert_eq!(echo.answer.judge(&echo.request[..5]), None);
+        assert_eq!(echo.answer.judge(b"x"), Some(false));
+        assert!(Protocol::named("gopher").is_err());
+    }
+
+    #[test]
+    fn an_http_answer_is_200_of_its_length_with_a_greeting() {
+        let of = |text: &str| judge_http(text.as_bytes());
+        let good = "HTTP/1.1 200 OK\r\nDate: x\r\ncontent-length: 12\r\n\r\nhello from x";
+        assert_eq!(of(good), Some(true));
+        assert_eq!(of(&good[..good.len() - 1]), None);
+        assert_eq!(of(&good[..20]), None);
+        assert_eq!(of(&format!("{good}y")), Some(false));
+        assert_eq!(of(&good.replace("200", "500")), Some(false));
+        assert_eq!(of(&good.replace("hello", "hallo")), Some(false));
+        assert_eq!(of("HTTP/1.1 200 OK\r\n\r\n"), Some(false));
+    }
+}

@@ -1,0 +1,125 @@
+//! Real programs as pairs of kbp containers under containerd's default profile: the answers are right, and what every socket and every
+//! epoll instance of both sides is set to is read from outside.
+
+use std::time::Duration;
+
+use kbp_poller::state;
+use kbp_tests::apps::{App, AppNode, Guest};
+use kbp_tests::lab::LIMIT;
+use kbp_tests::{Leftovers, Runtime, Sandbox, Settings, Sockets, wait_until};
+
+const SERVER: u32 = 61;
+const CLIENT: u32 = 43;
+const CLIENTS: u32 = 3;
+/// Long enough to be looked at on a busy machine.
+const LENGTH: Duration = Duration::from_millis(2000);
+
+/// What all processes of a container have together.
+fn sockets(pids: &[u32]) -> Sockets {
+    let mut all = Sockets::default();
+    for pid in pids {
+        // One that has just ended has none.
+        let Ok(sockets) = Sockets::of(*pid) else {
+            continue;
+        };
+        all.inet.extend(sockets.inet);
+        all.epoll.extend(sockets.epoll);
+        all.other.extend(sockets.other);
+    }
+    all
+}
+
+fn serves_and_polls(app: App) {
+    if let Some(reason) = app.wanting() {
+        println!("{}: not run: {reason}", app.name());
+        return;
+    }
+    let sandbox = Sandbox::new().expect("private node");
+    let node = AppNode::start(&sandbox, Settings::default()).expect("node");
+    let before = Leftovers::of(&sandbox).expect("state before the test");
+    let with =
+        |window: u32| move |guest: Guest| guest.annotation("kbp.io/busy-poll", &window.to_string());
+    let server = app
+        .serve(&node, Runtime::Kbp, with(SERVER))
+        .unwrap_or_else(|e| panic!("{}: {e}", app.name()));
+    let client = node
+        .pod(Runtime::Kbp, &with(CLIENT)(Guest::idle("client")), |_| {
+            Ok(())
+        })
+        .expect("client");
+
+    if let Some((command, expected)) = app.proof(server.address()).expect("proof") {
+        let answer = client.exec(&command).expect("an answer");
+        assert!(answer.stdout.contains(&expected), "{answer}");
+    }
+    let command = app
+        .load_command(server.address(), CLIENTS, LENGTH)
+        .expect("load");
+    let mut load = client.exec_start("load", &command).expect("load");
+    let looked = wait_until(&format!("sockets of {}", app.name()), LIMIT, || {
+        let there = sockets(&server.processes());
+        let here = sockets(&client.processes());
+        // One that listens, and one a connection.
+        let complete = there.inet.len() > CLIENTS as usize
+            && here.inet.len() >= CLIENTS as usize
+            && !there.epoll.is_empty()
+            && here.epoll.is_empty() != app.client_uses_epoll();
+        let polls = there.all_poll_for(SERVER) && here.all_poll_for(CLIENT);
+        let untouched = there.other.iter().chain(&here.other).all(|w| *w == 0);
+        match complete && polls && untouched {
+            true => Ok(()),
+            false => Err(format!("server {there:?}, client {here:?}")),
+        }
+    });
+    let output = load.wait(LIMIT).expect("end of the load");
+    looked.unwrap_or_else(|e| panic!("{e}\n{output}"));
+    let output = output.success().expect("load");
+    let figures = app
+        .figures(&output.stdout, client.root())
+        .unwrap_or_else(|e| panic!("{e}\n{output}"));
+    assert!(figures.samples > 0, "{figures:?}");
+
+    wait_until("the counters", LIMIT, || {
+        let states = state::read_all(&sandbox.dir().join("run/kbp")).map_err(|e| e.to_string())?;
+        let fine = states.len() == 2
+            && states.iter().all(|s| {
+                s.degraded.is_empty()
+                    && s.sockets.errors == 0
+                    && (s.id != "server" || s.sockets.epolls_given > 0)
+                    && s.sockets.sockets_set > 0
+            });
+        if fine {
+            Ok(())
+        } else {
+            Err(format!("{states:#?}"))
+        }
+    })
+    .expect("nothing went wrong");
+    client.remove().expect("remove the client");
+    server.remove().expect("remove the server");
+    Leftovers::wait_until_clean(&sandbox, &before).expect("nothing left after the test");
+}
+
+macro_rules! apps {
+    ($($name:ident $app:ident)*) => {
+        $(#[test] fn $name() { serves_and_polls(App::$app) })*
+        #[test]
+        fn every_program_has_its_test() {
+            assert_eq!([$(App::$app),*].len(), App::ALL.len());
+        }
+    };
+}
+
+apps! {
+    redis Redis
+    memcached Memcached
+    nginx_with_wrk Nginx
+    haproxy Haproxy
+    postgres_with_pgbench Postgres
+    a_static_c_binary StaticC
+    go_http_server_and_client Go
+    node_http Node
+    python_asyncio Asyncio
+    java_nio Java
+    a_tokio_server Tokio
+}
