@@ -1,5 +1,6 @@
 //! The counters behind the state files: packets of the host ends, packets that were busy-polled, and what the worker's thread costs.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
@@ -78,10 +79,11 @@ impl Sampler {
         {
             self.by_nsid.remove(&nsid);
         }
-        if !self.by_nsid.contains_key(&nsid) {
-            self.by_nsid.insert(nsid, find(nsid, socket)?);
-        }
-        busy_poll_rx_packets(self.by_nsid.get(&nsid)?).ok()
+        let netns = match self.by_nsid.entry(nsid) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(unknown) => unknown.insert(find(nsid, socket)?),
+        };
+        busy_poll_rx_packets(netns).ok()
     }
 }
 
