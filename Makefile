@@ -13,7 +13,7 @@ BINARIES := containerd-shim-kbp-v1 kbp-poller kbpctl
 CNI_PLUGINS := kbp
 CONFIG = $(shell find config -type f | sort)
 
-.PHONY: help build deps demo bench bench-cni test lint install uninstall clean needs-root
+.PHONY: help build deps demo bench bench-cni test test-kernels lint install uninstall clean needs-root
 .DEFAULT_GOAL := build
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo 'make bench      the same, longer (root)'
 	@echo 'make bench-cni  ADD and DEL of the plugin against the reference plugins, under four minutes (root)'
 	@echo 'make test       every test, unit to end to end (root)'
+	@echo 'make test-kernels  kbp on stock kernels from 6.1 to 7, in emulated machines (root)'
 	@echo 'make lint       formatting, clippy, crates, shell scripts'
 	@echo 'make install    into PREFIX=$(PREFIX), CNI_BIN_DIR=$(CNI_BIN_DIR), below DESTDIR'
 	@echo 'make uninstall  removes exactly what install put there'
@@ -47,10 +48,19 @@ bench-cni: needs-root deps build
 	$(RELEASE)/kbp-bench-cni $(BENCH_ARGS)
 
 # The end-to-end tests run the release binaries, which are what is installed; the tests themselves are built with unwinding and checks.
-# They also use the containerd packages of newer suites, unpacked beside the machine's own; without them the tests say what is missing.
+# They also use the containerd packages and the kernels of other suites, unpacked beside the machine's own; without them the tests
+# say what is missing.
 test: needs-root deps build
 	-@for suite in trixie forky; do tests/scripts/fetch-containerd $$suite $(CURDIR)/target; done
+	-@for series in 6.1 7; do tests/scripts/fetch-kernel $$series $(CURDIR)/target; done
 	KBP_BIN_DIR=$(CURDIR)/$(RELEASE) $(CARGO) test --locked --workspace --no-fail-fast
+
+# KERNELS are series: the newest version that a suite has of each.
+KERNELS ?= 6.1 6.12 6.18 7
+test-kernels: needs-root deps build
+	for series in $(KERNELS); do tests/scripts/fetch-kernel $$series $(CURDIR)/target || exit 1; done
+	KBP_BIN_DIR=$(CURDIR)/$(RELEASE) $(CARGO) test --locked --package kbp-tests --test kernels -- \
+	    --include-ignored --exact --test-threads=1 --nocapture $(foreach k,$(KERNELS),linux_$(subst .,_,$(k)))
 
 lint:
 	$(CARGO) fmt --all --check

@@ -32,6 +32,7 @@ pub mod run;
 pub mod sandbox;
 pub mod sockets;
 pub mod terminal;
+pub mod vm;
 
 pub use command::{Output, running, wait_until};
 pub use containerd::{Containerd, Generation, Settings};
@@ -44,3 +45,4 @@ pub use run::{Run, Runtime};
 pub use sandbox::Sandbox;
 pub use sockets::Sockets;
 pub use terminal::Terminal;
+pub use vm::Kernel;

@@ -1,0 +1,99 @@
+//! The whole way on a machine with cgroup v2 only: containerd, the shim, runc. The development machine has v1.
+
+use kbp_tests::lab::{LIMIT, on_with};
+use kbp_tests::{Arm, Lab, Settings, wait_until};
+
+/// Memory of a container, in bytes.
+const LIMITED: u64 = 64 << 20;
+
+#[test]
+#[ignore = "run in an emulated machine by linux_*"]
+fn run_exec_oom_stats_and_delete_in_a_guest() {
+    let controllers = std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers");
+    assert!(
+        controllers.expect("cgroup v2").contains("memory"),
+        "the memory controller is on v2's side"
+    );
+    on_with(Arm::KBP, Settings::default(), |lab| {
+        lives(lab);
+        runs_out_of_memory(lab);
+    });
+}
+
+/// Run, exec, stats, delete.
+fn lives(lab: &Lab<'_>) {
+    let output = lab
+        .containerd
+        .run(&lab.script("hello", "echo hello; exit 7"));
+    let output = output.expect("run");
+    assert_eq!((output.code, output.stdout.as_str()), (Some(7), "hello\n"));
+
+    let container = lab
+        .script("lives", "while :; do sleep 0.2; done")
+        .flag("--memory-limit", LIMITED);
+    lab.containerd.start_container(container).expect("start");
+    lab.answers("lives");
+    let pid = lab.containerd.pid("lives").expect("pid");
+    let cgroup = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).expect("cgroup");
+    let path = cgroup.trim().strip_prefix("0::").expect("v2 only");
+    let limit = std::fs::read_to_string(format!("/sys/fs/cgroup{path}/memory.max"));
+    assert_eq!(limit.expect("memory.max").trim(), LIMITED.to_string());
+
+    let metrics = lab
+        .containerd
+        .ctr(["tasks", "metrics", "--format=json", "lives"]);
+    let metrics = metrics.expect("metrics").success().expect("metrics").stdout;
+    let metrics: serde_json::Value = serde_json::from_str(&metrics).expect("JSON");
+    assert_eq!(metrics["memory"]["usage_limit"], LIMITED, "{metrics}");
+    assert!(metrics["memory"]["usage"].as_u64() > Some(0), "{metrics}");
+    assert!(metrics["cpu"]["usage_usec"].as_u64() > Some(0), "{metrics}");
+    assert!(metrics["pids"]["current"].as_u64() > Some(0), "{metrics}");
+
+    lab.containerd.remove("lives").expect("remove");
+    wait_until("the end of its cgroup", LIMIT, || {
+        if std::path::Path::new(&format!("/sys/fs/cgroup{path}")).exists() {
+            Err(path.to_owned())
+        } else {
+            Ok(())
+        }
+    })
+    .expect("gone");
+}
+
+/// The kernel kills what has no memory left, and the shim tells; the container goes on.
+fn runs_out_of_memory(lab: &Lab<'_>) {
+    let mut events = lab.containerd.ctr_start(["events"]).expect("events");
+    // It does not say when it has subscribed: events are made until one is seen.
+    wait_until("a first event", LIMIT, || {
+        let label = ["namespaces", "label", lab.sandbox.name(), "seen=no"];
+        lab.containerd.ctr(label).map_err(|e| e.to_string())?;
+        match events.stdout() {
+            "" => Err("none".to_owned()),
+            _ => Ok(()),
+        }
+    })
+    .expect("subscribed");
+    // A shim looks for it from the start on, so it comes later. What is killed is a child.
+    let script = "until [ -e /tmp/go ]; do sleep 0.05; done; \
+                  head -c 200000000 /dev/zero | tail -c 100000000 | wc -c; sleep 1000";
+    let container = lab.script("eats", script).flag("--memory-limit", LIMITED);
+    lab.containerd.start_container(container).expect("start");
+    std::fs::write(lab.rootfs.dir().join("tmp/go"), "").expect("write");
+    wait_until("the event", LIMIT, || {
+        let seen = events.stdout();
+        if seen.lines().any(|l| l.contains("/tasks/oom")) {
+            Ok(())
+        } else {
+            Err(seen.to_owned())
+        }
+    })
+    .expect("an event of memory that ran out");
+    let task = lab.containerd.task("eats").expect("task");
+    assert!(
+        task.is_some_and(|(state, _)| state == "RUNNING"),
+        "{}",
+        lab.containerd.ctr(["tasks", "ls"]).expect("ls")
+    );
+    lab.answers("eats");
+    lab.containerd.remove("eats").expect("remove");
+}

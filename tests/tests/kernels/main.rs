@@ -1,0 +1,58 @@
+//! kbp on stock kernels of the distribution, each in an emulated machine: what works there works, and what does not is said for
+//! the right reason. The tests of [`guest`] and its siblings are the ones that run inside; `linux_*` bring them there.
+//!
+//! Software emulation is slow, so `make test` runs two kernels and `make test-kernels` all.
+
+mod attach;
+mod cgroup2;
+mod known;
+#[path = "../../../poller/tests/kernel/node.rs"]
+#[allow(dead_code, reason = "the poller's own tests use more of it")]
+mod node;
+
+use std::time::Duration;
+
+use kbp_tests::Kernel;
+
+/// Twice what the tests take in a machine on a host that is otherwise busy.
+const LIMIT: Duration = Duration::from_secs(400);
+
+/// Runs the tests that are for a guest on a kernel.
+fn on(series: &str) {
+    let kernel = Kernel::unpacked(series).expect("a kernel");
+    let here = std::env::current_exe().expect("this program");
+    // One at a time: workers need a CPU of two.
+    let arguments = ["--ignored", "--test-threads=1", "in_a_guest"];
+    let output = kernel
+        .run_with(LIMIT, &here, &arguments, &[("KBP_SERIES", series)])
+        .expect("an emulated machine");
+    let ran = output.stdout.contains("test result: ok.") && !output.stdout.contains(" 0 passed");
+    assert!(
+        output.code == Some(0) && ran,
+        "{}: {output}",
+        kernel.version()
+    );
+    println!("{}: {output}", kernel.version());
+}
+
+#[test]
+fn linux_6_1() {
+    on("6.1");
+}
+
+#[test]
+#[ignore = "run by make test-kernels"]
+fn linux_6_12() {
+    on("6.12");
+}
+
+#[test]
+#[ignore = "run by make test-kernels"]
+fn linux_6_18() {
+    on("6.18");
+}
+
+#[test]
+fn linux_7() {
+    on("7");
+}
