@@ -4,21 +4,22 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use kbp_kernel::cpu::{self, Topology};
+use kbp_kernel::link::LinkEvents;
 use kbp_kernel::netns::Netns;
 use kbp_kernel::{CpuSet, NapiId};
+use nix::sys::eventfd::EventFd;
 
-use crate::claim::{self, Site};
 use crate::config::{Config, Feature};
 use crate::endpoint::{self, Endpoint, Found};
-use crate::keeper::{Job, Keeper, Watch, follow};
+use crate::engine::{Engine, Kept, Latency, Pod, PodKey};
+use crate::place::{Placed, Placing};
 use crate::policy::Policy;
 use crate::record::{Findings, Record};
 use crate::state::{self, Degraded, Part, PodState, SocketCounters};
 use crate::tune::{Offloads, Tuner};
 use crate::window::Window;
-use crate::worker::{self, Choice, Sockets};
-use crate::{Error, Result};
+use crate::worker::{Plan, Sockets};
+use crate::{Error, Result, claim, originals};
 
 /// What to attach.
 #[derive(Debug)]
@@ -41,11 +42,24 @@ pub struct AttachRequest {
     pub config: Config,
 }
 
+/// What else is to be known of an attach, by whom it matters to.
+#[derive(Debug, Default)]
+pub struct Terms {
+    /// A process that had attached the pod and has let go of it: its state file is replaced.
+    pub previous_owner: Option<u32>,
+    /// Where the namespace was found. Once it is not there any more, the attachment lets go of it; else its own handle would
+    /// keep it alive.
+    pub path: Option<PathBuf>,
+    /// Whether [`Attachment::detach_and_restore`] will be wanted, perhaps of another process, after a crash of this one.
+    pub keep_originals: bool,
+}
+
 /// An attached pod. Dropping it detaches: worker, claim and state file go, the veth's features stay (they vanish with it).
 #[derive(Debug)]
 pub struct Attachment {
+    engine: Engine,
     /// None where there is no veth to keep.
-    keeper: Option<Keeper>,
+    key: Option<PodKey>,
     record: Arc<Record>,
     state_dir: PathBuf,
     namespace: String,
@@ -72,85 +86,101 @@ pub enum Outcome {
     HostNetwork,
 }
 
-/// Finds the pod's veths, makes them pollable, starts the worker, writes the state file. Undoes its own work on error.
-/// Call it on a thread that is in the host's network namespace.
+/// [`Engine::attach`] with an engine of its own.
 ///
 /// # Errors
-/// Only for `required` policies ([`Error::Required`]), an id that cannot name a file or that another process has
-/// attached, namespaces whose links cannot be read, and a state directory that cannot be used; everything else degrades.
+/// As there.
 pub fn attach(request: AttachRequest) -> Result<Outcome> {
-    let host = Netns::current()?;
-    let (veths, not_pollable) = match endpoint::find(&host, &request.netns)? {
-        Found::HostNetwork => return Ok(Outcome::HostNetwork),
-        Found::Empty => return Ok(Outcome::NoInterface),
-        Found::Endpoints {
-            veths,
-            not_pollable,
-        } => (veths, not_pollable),
-    };
-    let state_dir = &request.config.state_dir;
-    state::create_dir(state_dir)?;
-    if let Err(error) = clear_leftovers(state_dir) {
-        // What others left is no reason to leave this pod without its share; doctor tells of it.
-        tracing::warn!(%error, "what killed pods left could not be removed");
-    }
-    let tuner = Tuner {
-        host,
-        pod: request.netns.try_clone()?,
-        profile: request.policy.profile,
-    };
-    let mut parts = Parts::find_and_tune(&request, &tuner, veths, not_pollable);
-    // Placement looks at what the others hold and then writes what this one takes: one after the other, or two pods
-    // that start together would both choose the same CPU.
-    let lock = state::lock(state_dir);
-    let pods = state::read_all(state_dir)?;
-    refuse_second_owner(&request, &pods)?;
-    parts.choose_worker(&request, &pods);
-    parts.refuse_degraded(&request)?;
-    let record = Arc::new(parts.record(&request)?);
-    record.write()?;
-    drop(lock);
-    // From here on dropping it takes everything back.
-    let mut attachment = Attachment {
-        keeper: None,
-        record: Arc::clone(&record),
-        state_dir: state_dir.clone(),
-        namespace: request.namespace.clone(),
-        id: request.id.clone(),
-        before: None,
-        ended: false,
-    };
-    if let Some(watch) = parts.watch {
-        let job = Job {
-            tuner: tuner.try_clone()?,
-            endpoints: parts.veths,
-            worker: parts.choice.worker,
-            polled: parts.polled,
-            record: Arc::clone(&record),
+    Engine::start()?.attach(request, Terms::default())
+}
+
+impl Engine {
+    /// Finds the pod's veths, makes them pollable, finds or makes a worker, writes the state file. Undoes its own work on error.
+    ///
+    /// # Errors
+    /// Only for `required` policies ([`Error::Required`]), an id that cannot name a file or that another process has
+    /// attached, namespaces whose links cannot be read, and a state directory that cannot be used; everything else degrades.
+    pub fn attach(&self, request: AttachRequest, terms: Terms) -> Result<Outcome> {
+        let host = self.host().try_clone()?;
+        let (veths, not_pollable) = match endpoint::find(&host, &request.netns)? {
+            Found::HostNetwork => return Ok(Outcome::HostNetwork),
+            Found::Empty => return Ok(Outcome::NoInterface),
+            Found::Endpoints {
+                veths,
+                not_pollable,
+            } => (veths, not_pollable),
         };
-        match Keeper::start(job, watch) {
-            Ok(keeper) => attachment.keeper = Some(keeper),
+        let state_dir = &request.config.state_dir;
+        state::create_dir(state_dir)?;
+        if let Err(error) = clear_leftovers(state_dir) {
+            // What others left is no reason to leave this pod without its share; doctor tells of it.
+            tracing::warn!(%error, "what killed pods left could not be removed");
+        }
+        let tuner = Tuner {
+            host,
+            pod: request.netns.try_clone()?,
+            profile: request.policy.profile,
+        };
+        let mut parts = Parts::find_and_tune(&request, &terms, &tuner, veths, not_pollable);
+        // Placement looks at what the others hold and then writes what this one takes: one after the other, or two pods
+        // that start together would both choose the same CPU.
+        let lock = state::lock(state_dir);
+        let pods = state::read_all(state_dir)?;
+        refuse_second_owner(&request, &terms, &pods)?;
+        let mut kept = self.lock();
+        parts.choose_worker(&mut kept, &request, &pods);
+        let written = parts
+            .refuse_degraded(&request)
+            .and_then(|()| parts.record(&request, self.changed_handle()))
+            .and_then(|record| record.write().map(|()| Arc::new(record)));
+        let record = match written {
+            Ok(record) => record,
             Err(error) => {
-                let reason = error.to_string();
-                record.lost_worker(&reason);
-                if request.policy.required {
-                    let part = Part::Worker;
-                    return Err(Error::Required { part, reason });
+                parts.leave(&mut kept);
+                return Err(error);
+            }
+        };
+        drop(lock);
+        let key = match parts.events.take() {
+            None => None,
+            Some(events) => {
+                let pod = parts.pod(&request, &terms, &tuner, &record, events);
+                match pod.and_then(|pod| self.insert(&mut kept, pod)) {
+                    Ok(key) => Some(key),
+                    Err(error) => {
+                        parts.leave(&mut kept);
+                        state::remove(state_dir, &request.namespace, &request.id)?;
+                        return Err(error);
+                    }
                 }
             }
-        }
+        };
+        drop(kept);
+        let _ = self.changed().write(1);
+        Ok(Outcome::Attached(Attachment {
+            engine: self.clone(),
+            key,
+            record,
+            state_dir: state_dir.clone(),
+            namespace: request.namespace,
+            id: request.id,
+            before: Some(Before {
+                tuner,
+                veths: parts.before,
+            }),
+            ended: false,
+        }))
     }
-    attachment.before = Some(Before {
-        tuner,
-        veths: parts.before,
-    });
-    Ok(Outcome::Attached(attachment))
 }
 
 /// Two owners of one state file would each take away the other's.
-fn refuse_second_owner(request: &AttachRequest, pods: &[PodState]) -> Result<()> {
+fn refuse_second_owner(request: &AttachRequest, terms: &Terms, pods: &[PodState]) -> Result<()> {
     let here = std::process::id();
-    let same = |pod: &&PodState| pod.is(&request.namespace, &request.id) && pod.owner_pid != here;
+    let same = |pod: &&PodState| {
+        pod.is(&request.namespace, &request.id)
+            && pod.owner_pid != here
+            && Some(pod.owner_pid) != terms.previous_owner
+    };
     match pods.iter().find(same) {
         Some(pod) => Err(Error::AlreadyAttached {
             id: request.id.clone(),
@@ -199,20 +229,23 @@ impl AttachRequest {
     }
 }
 
-/// What an attach has put together so far; dropping it takes the worker and the claim back.
+/// What an attach has put together so far.
 #[derive(Default)]
 struct Parts {
     veths: Vec<Endpoint>,
     before: Vec<(Endpoint, Offloads)>,
     findings: Findings,
-    watch: Option<Watch>,
-    choice: Choice,
+    events: Option<LinkEvents>,
+    /// Why there can be no worker, when that is known before one is looked for.
+    unable: Option<String>,
+    placed: Option<Placed>,
     polled: BTreeSet<NapiId>,
 }
 
 impl Parts {
     fn find_and_tune(
         request: &AttachRequest,
+        terms: &Terms,
         tuner: &Tuner,
         veths: Vec<Endpoint>,
         not_pollable: Vec<String>,
@@ -227,13 +260,16 @@ impl Parts {
             return parts;
         }
         // Before the first look, so that no change after it goes unseen.
-        match Watch::subscribe(tuner, &veths) {
-            Ok(watch) => parts.watch = Some(watch),
-            Err(error) => parts.choice = Choice::failed(error.to_string()),
+        match LinkEvents::subscribe(&tuner.pod) {
+            Ok(events) => parts.events = Some(events),
+            Err(error) => parts.unable = Some(error.to_string()),
         }
         for veth in &veths {
             // Nothing to put back where nothing can be read: tuning meets the same error and tells it.
-            if let Ok(offloads) = tuner.offloads(veth) {
+            if let Ok(mut offloads) = tuner.offloads(veth) {
+                if terms.keep_originals {
+                    offloads = originals::of(&request.config.state_dir, tuner, veth, offloads);
+                }
                 parts.before.push((veth.clone(), offloads));
             }
         }
@@ -242,41 +278,78 @@ impl Parts {
         parts
     }
 
-    fn choose_worker(&mut self, request: &AttachRequest, pods: &[PodState]) {
-        if self.veths.is_empty() {
-            self.choice = Choice::none("no interface that can be polled");
-        } else if let Some(why) = worker::unwanted(
-            request.policy.worker,
-            &request.config.cpus,
-            &request.sockets(),
-        ) {
-            self.choice = Choice::none(why);
-        } else if let Some(off) = request.config.switched_off(Feature::Sqpoll) {
-            self.choice = Choice::failed(off);
-        } else if let Some(unknown) = &self.findings.ids_unknown {
-            self.choice = Choice::failed(unknown.clone());
-        } else if self.watch.is_some() {
-            self.choice = place(request, pods).unwrap_or_else(|e| Choice::failed(e.to_string()));
-        }
-        let wanted = self.findings.host_napis();
-        if let Some(worker) = &mut self.choice.worker
-            && let Err(error) = follow(worker, &mut self.polled, &wanted)
+    fn choose_worker(&mut self, kept: &mut Kept, request: &AttachRequest, pods: &[PodState]) {
+        let placing = placing(request);
+        let plan = if self.veths.is_empty() {
+            Plan::none("no interface that can be polled")
+        } else if let Some(why) = placing.unwanted() {
+            Plan::none(why)
+        } else if let Some(unable) = self.unable.clone().or(self.findings.ids_unknown.clone()) {
+            Plan::failed(unable)
+        } else {
+            placing.plan_among(pods, &kept.loads())
+        };
+        let placed = kept.workers.join(plan);
+        if let Some((key, _)) = placed.worker
+            && let Err(reason) =
+                kept.workers
+                    .poll(key, &mut self.polled, &self.findings.host_napis())
         {
             // As at every later look at the links, which may find it mended.
             self.findings.degraded.push(Degraded {
                 part: Part::Worker,
-                reason: error.to_string(),
+                reason,
             });
         }
+        self.placed = Some(placed);
+    }
+
+    /// Gives the worker back.
+    fn leave(&self, kept: &mut Kept) {
+        if let Some((key, _)) = self.placed.as_ref().and_then(|p| p.worker.as_ref()) {
+            kept.workers.leave(*key, &self.polled);
+        }
+    }
+
+    fn pod(
+        &mut self,
+        request: &AttachRequest,
+        terms: &Terms,
+        tuner: &Tuner,
+        record: &Arc<Record>,
+        events: LinkEvents,
+    ) -> Result<Pod> {
+        let mut pod = Pod::new(
+            tuner.try_clone()?,
+            std::mem::take(&mut self.veths),
+            Arc::clone(record),
+            placing(request),
+            events,
+        );
+        pod.worker = self
+            .placed
+            .as_ref()
+            .and_then(|p| p.worker.as_ref())
+            .map(|(key, _)| *key);
+        pod.polled.clone_from(&self.polled);
+        pod.cpu_latency = request.policy.cpu_latency;
+        if let Some(path) = &terms.path {
+            pod.path = Some((path.clone(), request.netns.id()?));
+        }
+        Ok(pod)
     }
 
     /// What is missing for as long as the attachment lasts.
     fn lasting(&self, request: &AttachRequest) -> Vec<Degraded> {
-        let worker = self.choice.degraded.iter().map(|reason| Degraded {
-            part: Part::Worker,
-            reason: reason.clone(),
-        });
-        worker.chain(request.degraded.iter().cloned()).collect()
+        let told = |part| move |reason: String| Degraded { part, reason };
+        let worker = self.placed.as_ref().and_then(|p| p.degraded.clone());
+        let latency = request.policy.cpu_latency.and_then(Latency::probe);
+        worker
+            .map(told(Part::Worker))
+            .into_iter()
+            .chain(latency.map(told(Part::CpuLatency)))
+            .chain(request.degraded.iter().cloned())
+            .collect()
     }
 
     fn refuse_degraded(&self, request: &AttachRequest) -> Result<()> {
@@ -290,12 +363,13 @@ impl Parts {
         }
     }
 
-    fn record(&self, request: &AttachRequest) -> Result<Record> {
+    fn record(&self, request: &AttachRequest, changed: Arc<EventFd>) -> Result<Record> {
         let owner_pid = std::process::id();
         let owner_start = state::start_time(owner_pid).ok_or_else(|| {
             let gone = std::io::ErrorKind::NotFound.into();
             Error::io(format!("read /proc/{owner_pid}/stat"), gone)
         })?;
+        let placed = self.placed.as_ref();
         let state = PodState {
             id: request.id.clone(),
             namespace: request.namespace.clone(),
@@ -304,8 +378,8 @@ impl Parts {
             worker_policy: request.policy.worker,
             profile: request.policy.profile,
             interfaces: self.findings.interfaces.clone(),
-            worker: self.choice.worker.as_ref().map(|w| w.state.clone()),
-            worker_reason: self.choice.reason.clone(),
+            worker: placed.and_then(|p| p.worker.as_ref().map(|(_, state)| state.clone())),
+            worker_reason: placed.map(|p| p.reason.clone()).unwrap_or_default(),
             busy_poll_us: request.window.micros.map(|m| m.0),
             busy_poll_reason: request.window.reason.clone(),
             sockets: SocketCounters::default(),
@@ -316,22 +390,18 @@ impl Parts {
             request.config.state_dir.clone(),
             state,
             self.findings.degraded.clone(),
+            changed,
         ))
     }
 }
 
-/// Makes the worker on this machine.
-fn place(request: &AttachRequest, pods: &[PodState]) -> Result<Choice> {
-    let site = Site {
-        state_dir: &request.config.state_dir,
-        pool: &request.config.cpus,
-        config: &request.config.path,
-        topology: &Topology::read()?,
-        usable: &cpu::usable()?,
-        cpuset: request.cpuset.as_ref(),
-        pods,
-    };
-    Ok(worker::choose(request.policy.worker, &site))
+fn placing(request: &AttachRequest) -> Placing {
+    Placing {
+        asked: request.policy.worker,
+        cpuset: request.cpuset.clone(),
+        sockets: request.sockets(),
+        config: request.config.clone(),
+    }
 }
 
 impl Attachment {
@@ -349,6 +419,18 @@ impl Attachment {
     /// anything of it is new. The cpuset is what other pods take as this one's.
     pub fn set_sockets(&self, window: &Window, cpuset: Option<&CpuSet>, counters: SocketCounters) {
         self.record.set_sockets(window, cpuset, counters);
+    }
+
+    /// Whether the namespace is gone from where it was found ([`Terms::path`]).
+    pub fn has_vanished(&self) -> bool {
+        self.record.has_vanished()
+    }
+
+    /// Lets go of the pod for another process: nothing polls it when this returns, and only the state file stays, for the
+    /// other one to replace ([`Terms::previous_owner`]).
+    pub fn hand_over(mut self) {
+        self.stop();
+        self.ended = true;
     }
 
     /// Detaches; the same as dropping it, but tells errors.
@@ -370,6 +452,9 @@ impl Attachment {
         if let Some(Before { tuner, veths }) = before {
             for (veth, offloads) in veths {
                 let restored = tuner.restore(&veth, offloads).map_err(Error::from);
+                if restored.is_ok() {
+                    originals::forget(&self.state_dir, &veth);
+                }
                 outcome = outcome.and(restored);
             }
         }
@@ -377,10 +462,15 @@ impl Attachment {
     }
 
     fn end(&mut self) -> Result<()> {
-        // The worker and its claim live on the keeper's thread, and dropping it waits for that.
-        self.keeper = None;
+        self.stop();
         self.ended = true;
-        state::remove(&self.state_dir, &self.namespace, &self.id)
+        state::remove_own(&self.state_dir, &self.namespace, &self.id)
+    }
+
+    fn stop(&mut self) {
+        if let Some(key) = self.key.take() {
+            self.engine.remove(key);
+        }
     }
 }
 

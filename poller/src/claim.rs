@@ -67,7 +67,15 @@ pub struct Site<'a> {
     pub cpuset: Option<&'a CpuSet>,
     /// Every pod that is attached now.
     pub pods: &'a [PodState],
+    /// CPUs of the pool that somebody else was given, and by whom.
+    pub reserved: &'a BTreeMap<CpuId, String>,
+    /// Packets a second that the workers of this process see on a CPU.
+    pub load: &'a BTreeMap<CpuId, u64>,
 }
+
+/// Loads that differ by less than this many packets a second count as the same: then the number of workers decides, so that
+/// pods which are silent as yet spread as well.
+const LOAD_STEP: u64 = 10_000;
 
 /// Claims a CPU of the pool for one worker alone. Best are CPUs outside the pod's cpuset, whose SMT siblings do
 /// nothing for kbp or the pod, on the pod's NUMA node.
@@ -82,16 +90,32 @@ pub fn dedicated(site: &Site<'_>) -> Result<Claim> {
     })
 }
 
-/// Claims a CPU of the pool together with other shared workers: the one with the fewest of them.
+/// Claims a CPU of the pool together with other shared workers: the one with the least load; among equals one on the pod's
+/// NUMA node, outside its cpuset, with the fewest pods, whose SMT siblings do nothing for kbp or the pod.
 pub fn shared(site: &Site<'_>) -> Result<Claim> {
     claim(site, FlockArg::LockSharedNonblock, "shared", |cpu| {
         (
-            site.workers_on(cpu),
-            site.in_cpuset(cpu),
+            site.load.get(&cpu).copied().unwrap_or(0) / LOAD_STEP,
             site.is_far(cpu),
+            site.in_cpuset(cpu),
+            site.workers_on(cpu),
+            site.busy_siblings(cpu),
             cpu,
         )
     })
+}
+
+/// Claims this CPU of the pool together with other shared workers.
+pub(crate) fn shared_on(site: &Site<'_>, cpu: CpuId) -> Result<Claim> {
+    let pool: CpuSet = [cpu]
+        .into_iter()
+        .filter(|c| site.pool.contains(*c))
+        .collect();
+    let narrow = Site {
+        pool: &pool,
+        ..*site
+    };
+    shared(&narrow)
 }
 
 /// Removes claim files that nobody holds, as a killed process leaves them behind.
@@ -170,7 +194,7 @@ fn claim<K: Ord>(
     let mut candidates: Vec<CpuId> = site
         .pool
         .iter()
-        .filter(|c| site.usable.contains(*c))
+        .filter(|c| site.usable.contains(*c) && !site.reserved.contains_key(c))
         .collect();
     candidates.sort_by_key(|c| rank(*c));
     for attempt in 0..ATTEMPTS {
@@ -207,6 +231,9 @@ fn holders(site: &Site<'_>) -> String {
                 "CPU {cpu} is outside the cpuset of this process ({})",
                 site.usable
             );
+        }
+        if let Some(by) = site.reserved.get(&cpu) {
+            return format!("CPU {cpu} is {by}");
         }
         match names.get(&cpu) {
             Some(pods) => format!("CPU {cpu} is held by {}", pods.join(", ")),

@@ -1,8 +1,8 @@
 //! Decides who polls a pod's veth, where, how hard and when not, and does it.
 //!
 //! [`policy`] says what a pod asked for, [`config`] what the node allows, [`endpoint`] finds the pod's veth from both sides,
-//! [`tune`] sets it up, [`claim`] hands out CPUs, [`worker`] polls, [`keeper`] keeps its lease at the [`pace`] of the traffic,
-//! [`attach`] puts these together for one process, [`api`] and [`client`] reach the node's daemon, and [`state`] tells the world what the [`record`] holds.
+//! [`tune`] sets it up, [`claim`] hands out CPUs, [`place`] decides where a worker goes, [`worker`] polls, [`engine`] keeps every pod of a
+//! process and the leases of its workers at the [`pace`] of the traffic, [`attach`] puts these together, [`api`] and [`client`] reach the node's daemon, and [`state`] tells the world what the [`record`] holds.
 
 pub mod api;
 pub mod attach;
@@ -10,9 +10,12 @@ pub mod claim;
 pub mod client;
 pub mod config;
 pub mod endpoint;
+pub mod engine;
 pub mod error;
-mod keeper;
+pub mod kubelet;
+mod originals;
 mod pace;
+mod place;
 pub mod policy;
 mod record;
 pub mod state;

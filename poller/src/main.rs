@@ -8,8 +8,9 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kbp_kernel::netns::Netns;
-use kbp_poller::attach::{AttachRequest, Attachment, Outcome, attach};
+use kbp_poller::attach::{AttachRequest, Attachment, Outcome, Terms};
 use kbp_poller::config::Config;
+use kbp_poller::engine::Engine;
 use kbp_poller::error::one_line;
 use kbp_poller::policy::{Layer, Policy, Profile, WorkerPolicy};
 use kbp_poller::state::{Part, PodState};
@@ -153,7 +154,7 @@ fn run(args: &AttachArgs) -> Result<()> {
 fn start(args: &AttachArgs, policy: Policy, config: Config) -> Result<Attachment> {
     let place = args.netns.display();
     let netns = Netns::open(&args.netns)?;
-    let outcome = attach(AttachRequest {
+    let request = AttachRequest {
         id: args.id.clone().unwrap_or_else(|| default_id(&args.netns)),
         namespace: "-".to_owned(),
         netns,
@@ -165,7 +166,13 @@ fn start(args: &AttachArgs, policy: Policy, config: Config) -> Result<Attachment
         },
         degraded: Vec::new(),
         config,
-    })?;
+    };
+    let terms = Terms {
+        path: Some(args.netns.clone()),
+        keep_originals: true,
+        ..Terms::default()
+    };
+    let outcome = Engine::start()?.attach(request, terms)?;
     let attachment = match outcome {
         Outcome::Attached(attachment) => attachment,
         Outcome::NoInterface => {
@@ -275,6 +282,9 @@ fn wait(signals: &SignalFd, attachment: &Attachment) -> Result<String> {
                 .and_then(|number| Signal::try_from(number).ok())
                 .map_or("signal", Signal::as_str);
             return Ok(name.to_owned());
+        }
+        if attachment.has_vanished() {
+            return Ok("the pod's network namespace is gone".to_owned());
         }
         if attachment.state().interfaces.is_empty() {
             return Ok("the pod's interfaces are gone".to_owned());

@@ -1,6 +1,6 @@
 //! When to look at a pod's counters and when to renew its worker's lease: pure arithmetic, no clock of its own.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::worker::LEASE;
 
@@ -14,6 +14,19 @@ const QUIET: Duration = Duration::from_millis(LEASE.as_millis() as u64 * 2);
 /// Packets a second below which a worker on borrowed cycles is not worth keeping awake: it would spin for more than
 /// 10 ms for each packet it gets.
 const WORTHWHILE: u64 = 100;
+
+/// The moment nearest to `at` that is a whole number of [`BUSY`] after `epoch`: then one wake-up serves every pod that is due.
+pub(crate) fn aligned(epoch: Instant, at: Instant) -> Instant {
+    let busy = BUSY.as_micros();
+    let steps = (at.saturating_duration_since(epoch).as_micros() + busy / 2) / busy;
+    epoch + BUSY * u32::try_from(steps).unwrap_or(u32::MAX)
+}
+
+/// `packets` in `elapsed` as packets a second.
+pub(crate) fn per_second(packets: u64, elapsed: Duration) -> u64 {
+    let rate = u128::from(packets) * 1000 / elapsed.as_millis().max(1);
+    u64::try_from(rate).unwrap_or(u64::MAX)
+}
 
 /// The pace of one pod's worker.
 #[derive(Debug)]
@@ -82,6 +95,27 @@ mod tests {
         assert!(!pace.tick(5, pace.interval()), "5 packets in 400 ms");
         assert_eq!(pace.interval(), BUSY);
         assert!(pace.tick(55, pace.interval()));
+    }
+
+    #[test]
+    fn pods_are_looked_at_together_and_never_later_than_the_lease_allows() {
+        let epoch = Instant::now();
+        for late in [0, 1, 9, 49] {
+            // Having been woken late does not add up.
+            let now = epoch + BUSY * 7 + MS * late;
+            assert_eq!(aligned(epoch, now + BUSY), epoch + BUSY * 8, "{late}");
+        }
+        for phase in 0..100 {
+            let now = epoch + MS * phase;
+            assert!(aligned(epoch, now + BUSY) - now < LEASE, "{phase}");
+            assert!(aligned(epoch, now + BUSY) > now, "{phase}");
+        }
+    }
+
+    #[test]
+    fn rates_are_by_the_second() {
+        assert_eq!(per_second(50, MS * 100), 500);
+        assert_eq!(per_second(50, Duration::ZERO), 50_000);
     }
 
     #[test]

@@ -20,7 +20,10 @@ pub const PREFIX: &str = "kbp.io/";
 pub const MAX_WINDOW: Micros = Micros(10_000);
 
 /// The keys of a policy, without [`PREFIX`].
-const KEYS: [&str; 4] = ["worker", "busy-poll", "profile", "required"];
+const KEYS: [&str; 5] = ["worker", "busy-poll", "profile", "required", "cpu-latency"];
+
+/// Longest exit latency that may be asked for: above that no sleep state of any CPU is ruled out.
+pub const MAX_CPU_LATENCY: Micros = Micros(10_000);
 
 /// `kbp.io/worker`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -105,6 +108,8 @@ pub struct Layer {
     pub profile: Option<Profile>,
     /// `required`.
     pub required: Option<bool>,
+    /// `cpu-latency`; Some(None): said to be off.
+    pub cpu_latency: Option<Option<Micros>>,
 }
 
 /// What holds for a pod.
@@ -118,6 +123,8 @@ pub struct Policy {
     pub profile: Profile,
     /// Fail the pod rather than run it degraded; default false.
     pub required: bool,
+    /// Longest exit latency of the CPUs' sleep states while the pod runs, at most [`MAX_CPU_LATENCY`]; default: none is asked for.
+    pub cpu_latency: Option<Micros>,
 }
 
 impl Default for Policy {
@@ -127,6 +134,7 @@ impl Default for Policy {
             busy_poll: BusyPoll::Auto,
             profile: Profile::Latency,
             required: false,
+            cpu_latency: None,
         }
     }
 }
@@ -214,6 +222,7 @@ impl Layer {
                     _ => one_of(&value, &[true, false]).map_err(refuse)?,
                 });
             }
+            "cpu-latency" => self.cpu_latency = Some(cpu_latency(&value).map_err(refuse)?),
             _ => return Ok(false),
         }
         Ok(true)
@@ -241,6 +250,10 @@ impl Policy {
                 .iter()
                 .find_map(|l| l.required)
                 .unwrap_or(default.required),
+            cpu_latency: layers
+                .iter()
+                .find_map(|l| l.cpu_latency)
+                .unwrap_or(default.cpu_latency),
         }
     }
 }
@@ -289,16 +302,34 @@ fn one_of<T: fmt::Display + Copy>(value: &Value<'_>, choices: &[T]) -> Result<T,
     choose(text, choices)
 }
 
-fn busy_poll(value: &Value<'_>) -> Result<BusyPoll, String> {
-    let micros = match value {
-        Value::Text("auto") => return Ok(BusyPoll::Auto),
-        Value::Text("off") => return Ok(BusyPoll::Off),
+fn whole_number(value: &Value<'_>) -> Option<u32> {
+    match value {
         // `parse` alone would take "+5".
-        Value::Text(text) if text.bytes().all(|b| b.is_ascii_digit()) => text.parse::<u32>().ok(),
+        Value::Text(text) if text.bytes().all(|b| b.is_ascii_digit()) => text.parse().ok(),
         Value::Number(number) => u32::try_from(*number).ok(),
         _ => None,
-    };
-    match micros {
+    }
+}
+
+fn cpu_latency(value: &Value<'_>) -> Result<Option<Micros>, String> {
+    if matches!(value, Value::Text("off")) {
+        return Ok(None);
+    }
+    match whole_number(value) {
+        Some(n) if n <= MAX_CPU_LATENCY.0 => Ok(Some(Micros(n))),
+        _ => Err(format!(
+            "off, or whole microseconds from 0 to {MAX_CPU_LATENCY}"
+        )),
+    }
+}
+
+fn busy_poll(value: &Value<'_>) -> Result<BusyPoll, String> {
+    match value {
+        Value::Text("auto") => return Ok(BusyPoll::Auto),
+        Value::Text("off") => return Ok(BusyPoll::Off),
+        _ => {}
+    }
+    match whole_number(value) {
         Some(0) => Ok(BusyPoll::Off),
         Some(n) if n <= MAX_WINDOW.0 => Ok(BusyPoll::Window(Micros(n))),
         _ => Err(format!(
@@ -334,6 +365,7 @@ mod tests {
             ("kbp.io/busy-poll", "50"),
             ("kbp.io/profile", "throughput"),
             ("kbp.io/required", "true"),
+            ("kbp.io/cpu-latency", "0"),
             ("io.kubernetes.cri.sandbox-id", "x"),
         ]))
         .expect("valid");
@@ -344,6 +376,7 @@ mod tests {
                 busy_poll: Some(BusyPoll::Window(Micros(50))),
                 profile: Some(Profile::Throughput),
                 required: Some(true),
+                cpu_latency: Some(Some(Micros(0))),
             }
         );
     }
@@ -390,7 +423,7 @@ mod tests {
             .to_string();
         assert!(error.contains("kbp.io/wroker"), "{error}");
         assert!(
-            error.contains("kbp.io/worker, kbp.io/busy-poll, kbp.io/profile, kbp.io/required"),
+            error.contains("kbp.io/worker, kbp.io/busy-poll, kbp.io/profile, kbp.io/required, kbp.io/cpu-latency"),
             "{error}"
         );
     }

@@ -1,13 +1,15 @@
-//! What is known of an attached pod, shared between its owner and its keeper thread, and its copy in the state file.
+//! What is known of an attached pod, shared between its owner and the engine's thread, and its copy in the state file.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kbp_kernel::{CpuSet, NapiId};
+use nix::sys::eventfd::EventFd;
 
 use crate::Result;
 use crate::endpoint::Endpoint;
+use crate::place::Placed;
 use crate::state::{self, Degraded, InterfaceState, Part, PodState, SocketCounters};
 use crate::tune::{Tuned, Tuner};
 use crate::window::Window;
@@ -71,6 +73,8 @@ impl Findings {
 pub(crate) struct Record {
     state_dir: PathBuf,
     inner: Mutex<Inner>,
+    /// Written to at every change.
+    changed: Arc<EventFd>,
 }
 
 #[derive(Debug)]
@@ -81,6 +85,10 @@ struct Inner {
     lasting: Vec<Degraded>,
     /// Found by looking at the links: replaced at each look.
     links: Vec<Degraded>,
+    /// Whether the interfaces are gone.
+    gone: bool,
+    /// Whether the namespace is gone.
+    vanished: bool,
 }
 
 impl Inner {
@@ -93,7 +101,12 @@ impl Inner {
 
 impl Record {
     /// A record of `state`, whose own `degraded` lasts; `links` is what the first look at the links found missing.
-    pub(crate) fn new(state_dir: PathBuf, mut state: PodState, links: Vec<Degraded>) -> Self {
+    pub(crate) fn new(
+        state_dir: PathBuf,
+        mut state: PodState,
+        links: Vec<Degraded>,
+        changed: Arc<EventFd>,
+    ) -> Self {
         let lasting = std::mem::take(&mut state.degraded);
         Self {
             state_dir,
@@ -101,7 +114,10 @@ impl Record {
                 state,
                 lasting,
                 links,
+                gone: false,
+                vanished: false,
             }),
+            changed,
         }
     }
 
@@ -149,29 +165,53 @@ impl Record {
         });
     }
 
-    /// The worker could not be kept, for `reason`.
-    pub(crate) fn lost_worker(&self, reason: &str) {
+    /// Another worker polls the pod, or none can.
+    pub(crate) fn placed(&self, placed: &Placed) {
         self.change(|inner| {
-            inner.state.worker = None;
-            reason.clone_into(&mut inner.state.worker_reason);
-            inner.lasting.push(Degraded {
-                part: Part::Worker,
-                reason: reason.to_owned(),
-            });
+            inner.gone = false;
+            inner.state.worker = placed.worker.as_ref().map(|(_, state)| state.clone());
+            inner.state.worker_reason.clone_from(&placed.reason);
+            inner.lasting.retain(|d| d.part != Part::Worker);
+            inner
+                .lasting
+                .extend(placed.degraded.iter().map(|reason| Degraded {
+                    part: Part::Worker,
+                    reason: reason.clone(),
+                }));
         });
     }
 
     /// The pod's interfaces are gone, and its worker with them.
     pub(crate) fn gone(&self) {
-        const REASON: &str = "the pod's interfaces are gone";
+        self.nothing_left("the pod's interfaces are gone");
+    }
+
+    /// The pod's namespace is gone from where it was found.
+    pub(crate) fn vanished(&self) {
+        self.lock().vanished = true;
+        self.nothing_left("the pod's network namespace is gone");
+    }
+
+    /// Whether its interfaces are gone, and none has come since.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.lock().gone
+    }
+
+    /// Whether its namespace is gone.
+    pub(crate) fn has_vanished(&self) -> bool {
+        self.lock().vanished
+    }
+
+    fn nothing_left(&self, reason: &str) {
         self.change(|inner| {
+            inner.gone = true;
             inner.state.interfaces.clear();
             inner.links = vec![Degraded {
                 part: Part::PollableVeth,
-                reason: REASON.to_owned(),
+                reason: reason.to_owned(),
             }];
             inner.state.worker = None;
-            REASON.clone_into(&mut inner.state.worker_reason);
+            reason.clone_into(&mut inner.state.worker_reason);
         });
     }
 
@@ -180,11 +220,14 @@ impl Record {
         let before = inner.whole();
         change(&mut inner);
         let after = inner.whole();
-        if after != before
-            && let Err(error) = state::write(&self.state_dir, &after)
-        {
+        if after == before {
+            return;
+        }
+        if let Err(error) = state::write(&self.state_dir, &after) {
             tracing::warn!(%error, "the state file no longer tells what is true");
         }
+        // Refused only when nobody has read it for very long.
+        let _ = self.changed.write(1);
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

@@ -34,15 +34,18 @@ pub enum Part {
     SocketBusyPoll,
     /// epoll instances busy-poll.
     EpollBusyPoll,
+    /// CPUs are kept from deep sleep, as asked.
+    CpuLatency,
 }
 
 impl Part {
     /// Every part.
-    pub const ALL: [Self; 4] = [
+    pub const ALL: [Self; 5] = [
         Self::PollableVeth,
         Self::Worker,
         Self::SocketBusyPoll,
         Self::EpollBusyPoll,
+        Self::CpuLatency,
     ];
 }
 
@@ -53,6 +56,7 @@ impl std::fmt::Display for Part {
             Self::Worker => "worker",
             Self::SocketBusyPoll => "socket-busy-poll",
             Self::EpollBusyPoll => "epoll-busy-poll",
+            Self::CpuLatency => "cpu-latency",
         })
     }
 }
@@ -224,6 +228,20 @@ pub fn write(state_dir: &Path, state: &PodState) -> Result<()> {
 /// Removes one pod's file; fine when it is not there.
 pub fn remove(state_dir: &Path, namespace: &str, id: &str) -> Result<()> {
     remove_file(&file_of(state_dir, namespace, id)?)
+}
+
+/// Removes one pod's file if this process owns it: whoever took the pod over has written its own in its place.
+pub(crate) fn remove_own(state_dir: &Path, namespace: &str, id: &str) -> Result<()> {
+    let path = file_of(state_dir, namespace, id)?;
+    let _lock = lock(state_dir);
+    let owner = fs::read(&path)
+        .ok()
+        .and_then(|text| serde_json::from_slice::<PodState>(&text).ok())
+        .map(|state| state.owner_pid);
+    match owner {
+        Some(owner) if owner != std::process::id() => Ok(()),
+        _ => remove_file(&path),
+    }
 }
 
 /// Removes a stale file; fine when it is not there.

@@ -5,6 +5,7 @@ use kbp_kernel::link::{Batch, RouteSocket};
 use kbp_kernel::napi::NetdevSocket;
 use kbp_kernel::netns::Netns;
 use kbp_kernel::{Error, IfIndex, NapiId, Result};
+use serde::{Deserialize, Serialize};
 
 use crate::endpoint::Endpoint;
 use crate::policy::Profile;
@@ -27,10 +28,20 @@ pub(crate) struct Tuned {
 }
 
 /// Offloads of both ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Offloads {
+    #[serde(with = "FeaturesFile")]
     host: Features,
+    #[serde(with = "FeaturesFile")]
     pod: Features,
+}
+
+/// How [`Features`] are written to a file.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Features")]
+struct FeaturesFile {
+    gro: bool,
+    tso: bool,
 }
 
 /// Sets up the veths between two namespaces.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use kbp_kernel::process::Scheduling;
 use kbp_kernel::ring::{PollRing, RingOptions};
-use kbp_kernel::{CpuId, CpuSet};
+use kbp_kernel::{CpuId, CpuSet, NapiId};
 
 use crate::Error;
 use crate::claim::{self, Claim, Site};
@@ -21,45 +21,71 @@ pub const LEASE: Duration = Duration::from_millis(200);
 /// A worker that has been made; it sleeps until its lease is started.
 #[derive(Debug)]
 pub(crate) struct Worker {
-    pub(crate) ring: PollRing,
+    ring: PollRing,
     pub(crate) state: WorkerState,
     /// Keeps the CPU while the worker lives.
     _claim: Option<Claim>,
 }
 
-/// What became of a pod's worker policy.
-#[derive(Debug)]
-pub(crate) struct Choice {
-    pub(crate) worker: Option<Worker>,
-    /// Why this one, or none.
-    pub(crate) reason: String,
-    /// Why it is not what was asked for, where it is not.
-    pub(crate) degraded: Option<String>,
-}
+impl Worker {
+    /// Polls this NAPI too, from now on; twice is fine.
+    pub(crate) fn add(&mut self, napi: NapiId) -> kbp_kernel::Result<()> {
+        self.ring.add(napi)
+    }
 
-impl Default for Choice {
-    fn default() -> Self {
-        Self::none("not chosen yet")
+    /// Polls this NAPI no more; fine when it did not.
+    pub(crate) fn remove(&mut self, napi: NapiId) -> kbp_kernel::Result<()> {
+        self.ring.remove(napi)
+    }
+
+    /// Starts the lease anew, and wakes it when it is parked.
+    pub(crate) fn wake(&self) -> kbp_kernel::Result<()> {
+        self.ring.wake()
+    }
+
+    /// Whether it is parked now.
+    pub(crate) fn is_parked(&self) -> bool {
+        self.ring.is_asleep()
     }
 }
 
-impl Choice {
+/// What a pod's worker policy comes to on this node: decided here, made by [`make`].
+#[derive(Debug)]
+pub(crate) enum Plan {
     /// No worker, because none was wanted.
+    None {
+        /// Why.
+        reason: String,
+    },
+    /// One on this CPU.
+    On {
+        /// `Dedicated`, `Shared` or `Idle`.
+        policy: WorkerPolicy,
+        /// The CPU.
+        cpu: CpuId,
+        /// Its claim, where it is one of the pool.
+        claim: Option<Claim>,
+        /// Why there.
+        reason: String,
+    },
+    /// No worker, although one was wanted. No other kind stands in for it: sockets alone are better than one that was
+    /// not asked for.
+    Failed {
+        /// Why.
+        reason: String,
+    },
+}
+
+impl Plan {
     pub(crate) fn none(reason: impl Into<String>) -> Self {
-        Self {
-            worker: None,
+        Self::None {
             reason: reason.into(),
-            degraded: None,
         }
     }
 
-    /// No worker, although one was wanted.
     pub(crate) fn failed(reason: impl Into<String>) -> Self {
-        let reason = reason.into();
-        Self {
-            worker: None,
-            reason: reason.clone(),
-            degraded: Some(reason),
+        Self::Failed {
+            reason: reason.into(),
         }
     }
 }
@@ -93,61 +119,46 @@ pub(crate) enum Sockets {
     Sleep(String),
 }
 
-/// Makes the worker that `asked`, which wants one, and the node allow.
-pub(crate) fn choose(asked: WorkerPolicy, site: &Site<'_>) -> Choice {
+/// Decides where the worker goes that `asked`, which wants one, and the node allow.
+pub(crate) fn plan(asked: WorkerPolicy, site: &Site<'_>) -> Plan {
     match asked {
-        WorkerPolicy::None => Choice::none("none asked for"),
-        WorkerPolicy::Idle => chosen(idle(site), |worker| {
-            format!("asked for; idle cycles of CPU {}", worker.cpu)
-        }),
-        WorkerPolicy::Auto => match on_pool(WorkerPolicy::Shared, site) {
+        WorkerPolicy::None => Plan::none("none asked for"),
+        WorkerPolicy::Idle => match idle_cpus(site).first() {
+            Some(cpu) => Plan::On {
+                policy: asked,
+                cpu: *cpu,
+                claim: None,
+                reason: format!("asked for; idle cycles of CPU {cpu}"),
+            },
+            None => Plan::failed("this process may use no CPU that is online"),
+        },
+        WorkerPolicy::Auto => match claim::shared(site) {
             // Auto asks for nothing in particular, so that other pods hold every CPU is no lack.
             Err(Error::NoFreeCpu { holders, .. }) => {
-                Choice::none(format!("auto: no free CPU in the pool: {holders}"))
+                Plan::none(format!("auto: no free CPU in the pool: {holders}"))
             }
-            outcome => chosen(outcome.map_err(|e| e.to_string()), |worker| {
-                format!(
-                    "auto: the node has a CPU pool; CPU {} of {}",
-                    worker.cpu, site.pool
-                )
-            }),
+            claim => on_pool(
+                WorkerPolicy::Shared,
+                "auto: the node has a CPU pool",
+                site,
+                claim,
+            ),
         },
-        WorkerPolicy::Dedicated | WorkerPolicy::Shared => {
-            let outcome = on_pool(asked, site).map_err(|e| e.to_string());
-            chosen(outcome, |worker| {
-                format!("asked for; CPU {} of the pool {}", worker.cpu, site.pool)
-            })
-        }
+        WorkerPolicy::Dedicated => on_pool(asked, "asked for", site, claim::dedicated(site)),
+        WorkerPolicy::Shared => on_pool(asked, "asked for", site, claim::shared(site)),
     }
 }
 
-/// `outcome` with its reason. No other kind stands in for a worker that could not be had: sockets alone are better than
-/// one that was not asked for.
-fn chosen(outcome: Result<Worker, String>, reason: impl FnOnce(&WorkerState) -> String) -> Choice {
-    match outcome {
-        Ok(worker) => Choice {
-            reason: reason(&worker.state),
-            worker: Some(worker),
-            degraded: None,
+fn on_pool(policy: WorkerPolicy, why: &str, site: &Site<'_>, claim: crate::Result<Claim>) -> Plan {
+    match claim {
+        Ok(claim) => Plan::On {
+            policy,
+            cpu: claim.cpu(),
+            reason: format!("{why}; CPU {} of the pool {}", claim.cpu(), site.pool),
+            claim: Some(claim),
         },
-        Err(why) => Choice::failed(why),
+        Err(error) => Plan::failed(error.to_string()),
     }
-}
-
-fn on_pool(kind: WorkerPolicy, site: &Site<'_>) -> crate::Result<Worker> {
-    let claim = match kind {
-        WorkerPolicy::Dedicated => claim::dedicated(site),
-        _ => claim::shared(site),
-    }?;
-    let cpu = claim.cpu();
-    Ok(make(kind, cpu, Scheduling::Other(0), Some(claim))?)
-}
-
-fn idle(site: &Site<'_>) -> Result<Worker, String> {
-    let cpu = *idle_cpus(site)
-        .first()
-        .ok_or("this process may use no CPU that is online")?;
-    make(WorkerPolicy::Idle, cpu, Scheduling::Idle, None).map_err(|e| e.to_string())
 }
 
 /// Where an idle-class worker goes, best first. It gives way to everything else on its CPU, but while it runs its CPU
@@ -182,12 +193,16 @@ fn is_real_part(cpuset: Option<&CpuSet>, online: &CpuSet) -> bool {
     cpuset.is_some_and(|c| !c.is_empty() && !online.is_subset(c))
 }
 
-fn make(
+/// Makes the worker of a [`Plan::On`]; it is parked.
+pub(crate) fn make(
     policy: WorkerPolicy,
     cpu: CpuId,
-    scheduling: Scheduling,
     claim: Option<Claim>,
 ) -> kbp_kernel::Result<Worker> {
+    let scheduling = match policy {
+        WorkerPolicy::Idle => Scheduling::Idle,
+        _ => Scheduling::Other(0),
+    };
     let ring = PollRing::new(&RingOptions {
         cpu,
         scheduling,
@@ -289,6 +304,8 @@ mod tests {
                 usable: &usable,
                 cpuset: cpuset.as_ref(),
                 pods: &pods,
+                reserved: &BTreeMap::new(),
+                load: &BTreeMap::new(),
             };
             let cpus = idle_cpus(&site);
             assert_eq!(cpus, expected.map(CpuId), "{cpuset:?} {pods:?}");
@@ -344,12 +361,14 @@ mod tests {
             usable: &CpuSet::default(),
             cpuset: None,
             pods: &[],
+            reserved: &BTreeMap::new(),
+            load: &BTreeMap::new(),
         };
-        let choice = choose(WorkerPolicy::Idle, &site);
-        assert!(choice.worker.is_none());
-        assert_eq!(
-            choice.degraded.as_deref(),
-            Some("this process may use no CPU that is online")
-        );
+        match plan(WorkerPolicy::Idle, &site) {
+            Plan::Failed { reason } => {
+                assert_eq!(reason, "this process may use no CPU that is online");
+            }
+            other => panic!("{other:?}"),
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! CPUs of a pool between pods that want them, and after crashes.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use kbp_kernel::cpu::Topology;
@@ -99,6 +100,8 @@ struct Place {
     topology: Topology,
     pool: CpuSet,
     cpuset: Option<CpuSet>,
+    reserved: BTreeMap<CpuId, String>,
+    load: BTreeMap<CpuId, u64>,
     dir: tempfile::TempDir,
 }
 
@@ -108,6 +111,8 @@ impl Place {
             topology: machine(online),
             pool: pool.parse().expect("pool"),
             cpuset: cpuset.map(|c| c.parse().expect("cpuset")),
+            reserved: BTreeMap::new(),
+            load: BTreeMap::new(),
             dir: tempfile::tempdir().expect("tempdir"),
         }
     }
@@ -121,6 +126,8 @@ impl Place {
             usable: &self.topology.online,
             cpuset: self.cpuset.as_ref(),
             pods: &[],
+            reserved: &self.reserved,
+            load: &self.load,
         }
     }
 }

@@ -1,0 +1,362 @@
+//! Keeps the pods of one process: one thread for all of them, whether the process is a shim with one pod or the daemon
+//! with hundreds.
+//!
+//! The thread renews the leases of [`workers`] while packets flow and lets them park when they do not; on link events it
+//! looks at a [`pod`]'s links anew and tunes what changed; once a second it looks whether namespaces have vanished, and
+//! [`balance`]s the load. All of that is behind one lock, which is held for milliseconds.
+
+mod balance;
+mod latency;
+mod pod;
+mod snapshot;
+mod workers;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kbp_kernel::IfIndex;
+use kbp_kernel::link::{LinkEvent, LinkEvents, RouteSocket};
+use kbp_kernel::netns::Netns;
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::{Error, Result};
+pub(crate) use latency::Latency;
+pub(crate) use pod::{Pod, PodKey};
+pub use snapshot::{PodSnapshot, Snapshot, WorkerSnapshot};
+pub(crate) use workers::{WorkerKey, Workers};
+
+/// The kernel may wake the thread this much later than asked, together with others. Leases are far longer.
+const TIMER_SLACK: Duration = Duration::from_millis(10);
+
+/// Enough for a netlink answer and a log line; only what is touched becomes resident.
+const STACK: usize = 128 * 1024;
+
+/// How often namespaces and loads are looked at.
+const SURVEY: Duration = Duration::from_secs(1);
+
+const WAKE: u64 = 0;
+const HOST_EVENTS: u64 = 1;
+
+/// Handle of the thread and what it keeps; the thread ends with the last one.
+#[derive(Debug, Clone)]
+pub struct Engine {
+    handle: Arc<Handle>,
+}
+
+#[derive(Debug)]
+struct Handle {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    host: Netns,
+    epoll: Epoll,
+    wake: EventFd,
+    /// Written to when the state of any pod changes.
+    changed: Arc<EventFd>,
+    stop: AtomicBool,
+    kept: Mutex<Kept>,
+}
+
+/// What the lock protects.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    pub(crate) pods: BTreeMap<PodKey, Pod>,
+    pub(crate) workers: Workers,
+    pub(crate) latency: Latency,
+    events: LinkEvents,
+    counters: RouteSocket,
+    next_key: PodKey,
+    /// Ticks happen at whole multiples of a fraction of the lease from here on, so that one wake-up serves all pods.
+    epoch: Instant,
+    survey_at: Option<Instant>,
+    moves: u64,
+}
+
+impl Engine {
+    /// Starts the thread; the calling thread's network namespace is the host's.
+    ///
+    /// # Errors
+    /// When the process has no descriptors or threads left.
+    pub fn start() -> Result<Self> {
+        let failed = |what: &str| {
+            let what = what.to_owned();
+            move |e: Errno| Error::io(what, e.into())
+        };
+        let event = || {
+            EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+                .map_err(failed("make an eventfd"))
+        };
+        let host = Netns::current()?;
+        let mut events = LinkEvents::subscribe(&host)?;
+        events.watch_only(&[])?;
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)
+            .map_err(failed("make an epoll instance"))?;
+        let wake = event()?;
+        let readable = |data| EpollEvent::new(EpollFlags::EPOLLIN, data);
+        epoll
+            .add(&wake, readable(WAKE))
+            .and_then(|()| epoll.add(&events, readable(HOST_EVENTS)))
+            .map_err(failed("watch descriptors"))?;
+        let shared = Arc::new(Shared {
+            kept: Mutex::new(Kept {
+                pods: BTreeMap::new(),
+                workers: Workers::default(),
+                latency: Latency::default(),
+                events,
+                counters: RouteSocket::open_in(&host)?,
+                next_key: PodKey::FIRST,
+                epoch: Instant::now(),
+                survey_at: None,
+                moves: 0,
+            }),
+            host,
+            epoll,
+            wake,
+            changed: Arc::new(event()?),
+            stop: AtomicBool::new(false),
+        });
+        let run = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name("kbp-keeper".to_owned())
+            .stack_size(STACK)
+            .spawn(move || run.run())
+            .map_err(|e| Error::io("start the thread that keeps the leases of workers", e))?;
+        Ok(Self {
+            handle: Arc::new(Handle {
+                shared,
+                thread: Some(thread),
+            }),
+        })
+    }
+
+    /// Readable when the state of a pod has changed; read it to wait for the next change.
+    pub fn changed(&self) -> &EventFd {
+        &self.handle.shared.changed
+    }
+
+    pub(crate) fn host(&self) -> &Netns {
+        &self.handle.shared.host
+    }
+
+    pub(crate) fn changed_handle(&self) -> Arc<EventFd> {
+        Arc::clone(&self.handle.shared.changed)
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Kept> {
+        self.handle.shared.lock()
+    }
+
+    /// Keeps a pod from now on.
+    pub(crate) fn insert(&self, kept: &mut Kept, mut pod: Pod) -> Result<PodKey> {
+        pod.start_counting(&mut kept.counters);
+        let key = kept.next_key;
+        let event = EpollEvent::new(EpollFlags::EPOLLIN, key.0);
+        if let Err(errno) = self.handle.shared.epoll.add(pod.events(), event) {
+            return Err(Error::io("watch the links of a pod", errno.into()));
+        }
+        kept.next_key = PodKey(key.0 + 1);
+        kept.pods.insert(key, pod);
+        kept.follow_hosts();
+        kept.latency_of_pods();
+        // Its first look was before the host's events were asked for: look again, and set the timers.
+        kept.refresh_soon(key);
+        self.wake();
+        Ok(key)
+    }
+
+    /// Keeps it no longer: its NAPIs are polled by nobody when this returns.
+    pub(crate) fn remove(&self, key: PodKey) {
+        let mut kept = self.lock();
+        let Some(mut pod) = kept.pods.remove(&key) else {
+            return;
+        };
+        let _ = self.handle.shared.epoll.delete(pod.events());
+        kept.workers.release(&mut pod);
+        kept.follow_hosts();
+        kept.latency_of_pods();
+        self.changed_handle().write(1).ok();
+    }
+
+    /// What is true now.
+    pub fn snapshot(&self) -> Snapshot {
+        self.lock().snapshot()
+    }
+
+    fn wake(&self) {
+        // An eventfd refuses a write only when it is full, and then the thread is awake already.
+        let _ = self.handle.shared.wake.write(1);
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Release);
+        let _ = self.shared.wake.write(1);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread that keeps the leases of workers had panicked");
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Kept> {
+        // A panic in between leaves at worst a pod half looked at; the next look mends it.
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(&self) {
+        // Best effort: without it the kernel's default of 50 µs only wakes the CPU more often than needed.
+        let _ = nix::sys::prctl::set_timerslack(TIMER_SLACK.as_nanos() as u64);
+        let mut ready = [EpollEvent::empty(); 64];
+        loop {
+            let due = self.lock().next_due();
+            let count = match self.epoll.wait(&mut ready, timeout_until(due)) {
+                Ok(count) => count,
+                Err(Errno::EINTR) => 0,
+                Err(errno) => {
+                    tracing::error!(%errno, "waiting for link events failed; the workers park");
+                    return;
+                }
+            };
+            if self.stop.load(Ordering::Acquire) {
+                return;
+            }
+            let mut kept = self.lock();
+            for event in ready.iter().take(count) {
+                match event.data() {
+                    WAKE => drop(self.wake.read()),
+                    HOST_EVENTS => kept.host_events(),
+                    key => kept.pod_events(PodKey(key)),
+                }
+            }
+            kept.work(Instant::now());
+        }
+    }
+}
+
+/// Rounded up, so that what is due is due when the wait returns.
+fn timeout_until(due: Option<Instant>) -> EpollTimeout {
+    let Some(due) = due else {
+        return EpollTimeout::NONE;
+    };
+    due.saturating_duration_since(Instant::now())
+        .as_micros()
+        .div_ceil(1000)
+        .try_into()
+        .unwrap_or(EpollTimeout::MAX)
+}
+
+impl Kept {
+    fn next_due(&self) -> Option<Instant> {
+        let pods = self.pods.values().filter_map(Pod::due);
+        pods.chain(self.survey_at).min()
+    }
+
+    fn host_events(&mut self) {
+        let events = match self.events.read() {
+            Ok(events) => events,
+            Err(error) => {
+                tracing::warn!(%error, "link events could not be read");
+                vec![LinkEvent::Lost]
+            }
+        };
+        for event in events {
+            let (all, index) = match event {
+                LinkEvent::Changed(index) | LinkEvent::Removed(index) => (false, index),
+                LinkEvent::Lost => (true, IfIndex(0)),
+            };
+            for pod in self.pods.values_mut() {
+                if all || pod.has_host_end(index) {
+                    pod.refresh_soon();
+                }
+            }
+        }
+    }
+
+    fn pod_events(&mut self, key: PodKey) {
+        if let Some(pod) = self.pods.get_mut(&key) {
+            pod.read_events();
+        }
+    }
+
+    fn refresh_soon(&mut self, key: PodKey) {
+        if let Some(pod) = self.pods.get_mut(&key) {
+            pod.refresh_soon();
+            pod.start_ticking(self.epoch);
+        }
+        self.survey_at
+            .get_or_insert_with(|| Instant::now() + SURVEY);
+    }
+
+    /// On the host, where every pod of the node makes events, only those of the kept pods' links wake the thread.
+    fn follow_hosts(&mut self) {
+        let links: Vec<IfIndex> = self.pods.values().flat_map(Pod::host_ends).collect();
+        if let Err(error) = self.events.watch_only(&links) {
+            tracing::warn!(%error, "changes of the host ends may go unseen");
+        }
+    }
+
+    fn latency_of_pods(&mut self) {
+        let asked = self.pods.values().filter_map(|pod| pod.cpu_latency).min();
+        self.latency.hold(asked);
+    }
+
+    fn work(&mut self, now: Instant) {
+        let refresh: Vec<PodKey> = self
+            .pods
+            .iter()
+            .filter(|(_, pod)| pod.is_refresh_due(now))
+            .map(|(key, _)| *key)
+            .collect();
+        let mut moved_ends = false;
+        for key in refresh {
+            if let Some(pod) = self.pods.get_mut(&key) {
+                moved_ends |= pod.refresh(&mut self.workers, now);
+                pod.start_ticking(self.epoch);
+            }
+        }
+        if moved_ends {
+            self.follow_hosts();
+        }
+        for pod in self.pods.values_mut() {
+            if pod.is_tick_due(now) && pod.tick(&mut self.counters, now, self.epoch) {
+                self.workers.ask_for_lease(pod);
+            }
+        }
+        self.workers.loads = self.loads();
+        self.workers.renew();
+        if self.survey_at.is_some_and(|at| now >= at) {
+            self.survey(now);
+        }
+    }
+
+    fn survey(&mut self, now: Instant) {
+        for pod in self.pods.values_mut() {
+            pod.look_for_namespace();
+        }
+        self.moves += self.rebalance();
+        // Nothing of this is of use while no pod can vanish or be moved: then nobody is woken for it.
+        let wanted = self
+            .pods
+            .values()
+            .any(|pod| pod.has_path() || pod.is_movable());
+        self.survey_at = wanted.then_some(now + SURVEY);
+    }
+
+    /// Reads every pod's counters.
+    fn count(&mut self) {
+        for pod in self.pods.values_mut() {
+            pod.count(&mut self.counters);
+        }
+    }
+}

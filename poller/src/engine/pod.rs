@@ -1,0 +1,256 @@
+//! One pod: its links, what polls them, and when to look at it again.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kbp_kernel::link::{LinkEvents, RouteSocket};
+use kbp_kernel::netns::{Netns, NetnsId};
+use kbp_kernel::{IfIndex, Micros, NapiId};
+
+use super::Workers;
+use super::workers::WorkerKey;
+use crate::endpoint::{self, Endpoint, Found};
+use crate::pace::{self, Pace};
+use crate::place::Placing;
+use crate::policy::WorkerPolicy;
+use crate::record::{Findings, Record};
+use crate::state::{Degraded, Part};
+use crate::tune::Tuner;
+
+/// Link events come in flocks, and another program may set back what kbp sets: this long between two looks bounds both.
+const SETTLE: Duration = Duration::from_millis(50);
+
+/// Names a pod within its engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct PodKey(pub(super) u64);
+
+impl PodKey {
+    /// Lower numbers name the engine's own descriptors.
+    pub(super) const FIRST: Self = Self(16);
+}
+
+/// A kept pod.
+#[derive(Debug)]
+pub(crate) struct Pod {
+    pub(crate) tuner: Tuner,
+    pub(crate) endpoints: Vec<Endpoint>,
+    pub(crate) record: Arc<Record>,
+    pub(crate) placing: Placing,
+    /// Who polls it.
+    pub(crate) worker: Option<WorkerKey>,
+    /// What that one polls.
+    pub(crate) polled: BTreeSet<NapiId>,
+    /// What its owner wants of the CPUs' sleep states.
+    pub(crate) cpu_latency: Option<Micros>,
+    /// Where its namespace was found, when it is to be let go once it is not there any more.
+    pub(crate) path: Option<(PathBuf, NetnsId)>,
+    pub(super) rate: u64,
+    events: LinkEvents,
+    pace: Pace,
+    /// Packets at the last count, and all since the attach.
+    counted: u64,
+    packets: u64,
+    ticked: Instant,
+    tick_at: Option<Instant>,
+    refreshed: Instant,
+    refresh_at: Option<Instant>,
+}
+
+impl Pod {
+    pub(crate) fn new(
+        tuner: Tuner,
+        endpoints: Vec<Endpoint>,
+        record: Arc<Record>,
+        placing: Placing,
+        events: LinkEvents,
+    ) -> Self {
+        let now = Instant::now();
+        let own_cpu = placing.asked == WorkerPolicy::Dedicated;
+        Self {
+            tuner,
+            endpoints,
+            record,
+            placing,
+            worker: None,
+            polled: BTreeSet::new(),
+            cpu_latency: None,
+            path: None,
+            rate: 0,
+            events,
+            pace: Pace::new(0, own_cpu),
+            counted: 0,
+            packets: 0,
+            ticked: now,
+            tick_at: None,
+            // The first look was now, and the second need not wait.
+            refreshed: now,
+            refresh_at: None,
+        }
+    }
+
+    /// Takes the counters as they are for where to count from.
+    pub(super) fn start_counting(&mut self, counters: &mut RouteSocket) {
+        self.counted = self.read_counters(counters);
+        let own_cpu = self.placing.asked == WorkerPolicy::Dedicated;
+        self.pace = Pace::new(self.counted, own_cpu);
+    }
+
+    pub(super) fn events(&self) -> &LinkEvents {
+        &self.events
+    }
+
+    pub(super) fn host_ends(&self) -> impl Iterator<Item = IfIndex> {
+        self.endpoints.iter().map(|e| e.host_index)
+    }
+
+    pub(super) fn has_host_end(&self, index: IfIndex) -> bool {
+        self.endpoints.iter().any(|e| e.host_index == index)
+    }
+
+    pub(super) fn has_path(&self) -> bool {
+        self.path.is_some()
+    }
+
+    /// Whether another worker could take it over.
+    pub(super) fn is_movable(&self) -> bool {
+        self.worker.is_some_and(|w| w.is_shared())
+    }
+
+    pub(super) fn packets(&self) -> u64 {
+        self.packets
+    }
+
+    pub(super) fn due(&self) -> Option<Instant> {
+        [self.tick_at, self.refresh_at].into_iter().flatten().min()
+    }
+
+    pub(super) fn is_refresh_due(&self, now: Instant) -> bool {
+        self.refresh_at.is_some_and(|at| now >= at)
+    }
+
+    pub(super) fn is_tick_due(&self, now: Instant) -> bool {
+        self.tick_at.is_some_and(|at| now >= at)
+    }
+
+    pub(super) fn refresh_soon(&mut self) {
+        self.refresh_at = self.refresh_at.or(Some(self.refreshed + SETTLE));
+    }
+
+    /// Reads its events to the end, or the wait would return at once.
+    pub(super) fn read_events(&mut self) {
+        match self.events.read() {
+            Ok(events) if events.is_empty() => {}
+            Ok(_) => self.refresh_soon(),
+            Err(error) => {
+                tracing::warn!(%error, "link events could not be read");
+                self.refresh_soon();
+            }
+        }
+    }
+
+    /// Without a worker there is no lease to keep: only events matter.
+    pub(super) fn start_ticking(&mut self, epoch: Instant) {
+        match self.worker {
+            None => self.tick_at = None,
+            Some(_) if self.tick_at.is_none() => {
+                self.ticked = Instant::now();
+                self.tick_at = Some(pace::aligned(epoch, self.ticked + self.pace.interval()));
+            }
+            Some(_) => {}
+        }
+    }
+
+    /// Takes the counters; true when the worker's lease is to be renewed.
+    pub(super) fn tick(
+        &mut self,
+        counters: &mut RouteSocket,
+        now: Instant,
+        epoch: Instant,
+    ) -> bool {
+        let elapsed = now - self.ticked;
+        let before = self.packets;
+        self.count(counters);
+        self.rate = pace::per_second(self.packets - before, elapsed);
+        let renew = self.pace.tick(self.counted, elapsed);
+        self.ticked = now;
+        self.tick_at = Some(pace::aligned(epoch, now + self.pace.interval()));
+        renew
+    }
+
+    pub(super) fn count(&mut self, counters: &mut RouteSocket) {
+        let now = self.read_counters(counters);
+        // A link that was made anew counts from 0.
+        self.packets += now.checked_sub(self.counted).unwrap_or(now);
+        self.counted = now;
+    }
+
+    /// Packets that went over the host ends, both ways.
+    fn read_counters(&self, counters: &mut RouteSocket) -> u64 {
+        let mut sum = 0u64;
+        for endpoint in &self.endpoints {
+            match counters.link_by_index(endpoint.host_index) {
+                Ok(Some(link)) => sum += link.rx_packets + link.tx_packets,
+                // Gone: the event for that comes, or is here.
+                Ok(None) => {}
+                Err(error) => tracing::debug!(%error, "counters could not be read"),
+            }
+        }
+        sum
+    }
+
+    /// Looks at its links anew, and has its worker poll what is there now. Whether its host ends are others.
+    pub(super) fn refresh(&mut self, workers: &mut Workers, now: Instant) -> bool {
+        self.refresh_at = None;
+        self.refreshed = now;
+        let before: Vec<IfIndex> = self.host_ends().collect();
+        match endpoint::find(&self.tuner.host, &self.tuner.pod) {
+            Ok(Found::Endpoints {
+                veths,
+                not_pollable,
+            }) => {
+                let findings = Findings::gather(&self.tuner, &veths, not_pollable);
+                self.endpoints = veths;
+                self.follow(workers, findings);
+            }
+            Ok(Found::Empty | Found::HostNetwork) => {
+                // Only its worker goes: another interface may come.
+                self.endpoints.clear();
+                workers.release(self);
+                self.tick_at = None;
+                self.record.gone();
+            }
+            Err(error) => tracing::warn!(%error, "the pod's links could not be read"),
+        }
+        !self.host_ends().eq(before)
+    }
+
+    fn follow(&mut self, workers: &mut Workers, findings: Findings) {
+        let mut degraded = findings.degraded.clone();
+        let wanted = findings.host_napis();
+        if self.worker.is_none() && self.record.is_gone() && !wanted.is_empty() {
+            workers.place(self);
+        }
+        if let Err(reason) = workers.follow(self, &wanted) {
+            degraded.push(Degraded {
+                part: Part::Worker,
+                reason,
+            });
+        }
+        // New NAPIs begin their life in softirq; the worker takes over at once if it is awake, else at the next tick.
+        self.record.found(findings.interfaces, degraded);
+    }
+
+    /// Holding a namespace open keeps it, and its veth with it, so whoever registered it has to be looked for.
+    pub(super) fn look_for_namespace(&mut self) {
+        let Some((path, id)) = &self.path else {
+            return;
+        };
+        let is_there = Netns::open(path).and_then(|netns| netns.id());
+        if !is_there.is_ok_and(|found| found == *id) {
+            self.path = None;
+            self.record.vanished();
+        }
+    }
+}

@@ -1,0 +1,240 @@
+//! The workers of one process, and which pods each polls.
+//!
+//! Shared and idle-class workers take any number of pods: one worker a CPU. A dedicated one has a CPU and a pod of its own.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use kbp_kernel::{CpuId, NapiId, process};
+
+use super::Pod;
+use crate::claim::Claim;
+use crate::place::Placed;
+use crate::policy::WorkerPolicy;
+use crate::state::WorkerState;
+use crate::worker::{self, Plan, Worker};
+
+/// Names a worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum WorkerKey {
+    /// The shared one of a CPU.
+    Shared(CpuId),
+    /// The idle-class one of a CPU.
+    Idle(CpuId),
+    /// The dedicated one of a CPU.
+    Dedicated(CpuId),
+}
+
+impl WorkerKey {
+    fn new(policy: WorkerPolicy, cpu: CpuId) -> Self {
+        match policy {
+            WorkerPolicy::Dedicated => Self::Dedicated(cpu),
+            WorkerPolicy::Idle => Self::Idle(cpu),
+            _ => Self::Shared(cpu),
+        }
+    }
+
+    pub(super) fn is_shared(self) -> bool {
+        matches!(self, Self::Shared(_))
+    }
+}
+
+/// A worker and its accounts.
+#[derive(Debug)]
+pub(super) struct Slot {
+    pub(super) worker: Worker,
+    pub(super) made: Instant,
+    /// Leases started.
+    pub(super) renewals: u64,
+    pods: usize,
+    lease_asked: bool,
+}
+
+impl Slot {
+    /// Time that its thread has run: it polls without a pause while it is awake.
+    pub(super) fn busy(&self) -> Duration {
+        process::cpu_time(std::process::id(), self.worker.state.tid).unwrap_or_default()
+    }
+
+    pub(super) fn pods(&self) -> usize {
+        self.pods
+    }
+}
+
+/// Every worker of the process.
+#[derive(Debug, Default)]
+pub(crate) struct Workers {
+    pub(super) slots: BTreeMap<WorkerKey, Slot>,
+    /// Packets a second on each CPU with a shared worker, at the last look.
+    pub(super) loads: BTreeMap<CpuId, u64>,
+}
+
+impl Workers {
+    /// Has `plan` done for one pod more: an existing worker, or a new one. Undone by [`Workers::leave`].
+    pub(crate) fn join(&mut self, plan: Plan) -> Placed {
+        let (policy, cpu, claim, reason) = match plan {
+            Plan::None { reason } => return Placed::none(reason),
+            Plan::Failed { reason } => return Placed::failed(reason),
+            Plan::On {
+                policy,
+                cpu,
+                claim,
+                reason,
+            } => (policy, cpu, claim, reason),
+        };
+        match self.slot(policy, cpu, claim) {
+            Ok((key, state)) => Placed {
+                worker: Some((key, state)),
+                reason,
+                degraded: None,
+            },
+            Err(error) => Placed::failed(error.to_string()),
+        }
+    }
+
+    fn slot(
+        &mut self,
+        policy: WorkerPolicy,
+        cpu: CpuId,
+        claim: Option<Claim>,
+    ) -> kbp_kernel::Result<(WorkerKey, WorkerState)> {
+        let key = WorkerKey::new(policy, cpu);
+        let slot = match self.slots.remove(&key) {
+            // Its own claim holds the CPU; the second one of this process goes.
+            Some(slot) => slot,
+            None => Slot {
+                worker: worker::make(policy, cpu, claim)?,
+                made: Instant::now(),
+                renewals: 0,
+                pods: 0,
+                lease_asked: false,
+            },
+        };
+        let slot = self.slots.entry(key).or_insert(slot);
+        slot.pods += 1;
+        Ok((key, slot.worker.state.clone()))
+    }
+
+    /// The pod that has joined is not kept after all.
+    pub(crate) fn leave(&mut self, key: WorkerKey, polled: &BTreeSet<NapiId>) {
+        let Some(slot) = self.slots.get_mut(&key) else {
+            return;
+        };
+        for napi in polled {
+            if let Err(error) = slot.worker.remove(*napi) {
+                tracing::warn!(%error, "a NAPI is still in the list of a worker");
+            }
+        }
+        slot.pods = slot.pods.saturating_sub(1);
+        if slot.pods == 0 {
+            self.slots.remove(&key);
+        }
+    }
+
+    /// Takes the pod from its worker.
+    pub(super) fn release(&mut self, pod: &mut Pod) {
+        if let Some(key) = pod.worker.take() {
+            self.leave(key, &std::mem::take(&mut pod.polled));
+        }
+    }
+
+    /// Finds a worker for a pod whose interfaces have come back.
+    pub(super) fn place(&mut self, pod: &mut Pod) {
+        let plan = pod.placing.plan(&self.loads);
+        let placed = self.join(plan);
+        pod.worker = placed.worker.as_ref().map(|(key, _)| *key);
+        pod.record.placed(&placed);
+    }
+
+    /// Moves a pod whole: the new worker polls all of it before the old one lets go.
+    pub(super) fn move_to(
+        &mut self,
+        pod: &mut Pod,
+        to: CpuId,
+        loads: &BTreeMap<CpuId, u64>,
+    ) -> Result<(), String> {
+        let placed = self.join(pod.placing.plan_on(to, loads));
+        let Some((key, _)) = placed.worker else {
+            return Err(placed.reason);
+        };
+        let mut polled = BTreeSet::new();
+        if let Err(reason) = self.poll(key, &mut polled, &pod.polled) {
+            self.leave(key, &polled);
+            return Err(reason);
+        }
+        // Awake before it is relied on: the pod is not silent, or its core would not be hot.
+        if let Some(slot) = self.slots.get_mut(&key) {
+            slot.lease_asked = true;
+        }
+        self.renew();
+        let old = pod.worker.replace(key);
+        let old_polled = std::mem::replace(&mut pod.polled, polled);
+        if let Some(old) = old {
+            self.leave(old, &old_polled);
+        }
+        pod.record.placed(&placed);
+        Ok(())
+    }
+
+    /// Has the pod's worker poll exactly `wanted`. Goes on after an error and tells the first.
+    pub(crate) fn follow(
+        &mut self,
+        pod: &mut Pod,
+        wanted: &BTreeSet<NapiId>,
+    ) -> Result<(), String> {
+        match pod.worker {
+            Some(key) => self.poll(key, &mut pod.polled, wanted),
+            None => Ok(()),
+        }
+    }
+
+    /// Has a worker poll exactly `wanted` of what was or is `polled`. Goes on after an error and tells the first.
+    pub(crate) fn poll(
+        &mut self,
+        key: WorkerKey,
+        polled: &mut BTreeSet<NapiId>,
+        wanted: &BTreeSet<NapiId>,
+    ) -> Result<(), String> {
+        let Some(slot) = self.slots.get_mut(&key) else {
+            return Ok(());
+        };
+        let mut outcome = Ok(());
+        for old in polled.difference(wanted).copied().collect::<Vec<_>>() {
+            match slot.worker.remove(old) {
+                Ok(()) => {
+                    polled.remove(&old);
+                }
+                Err(e) => outcome = outcome.and(Err(e.to_string())),
+            }
+        }
+        for new in wanted.difference(polled).copied().collect::<Vec<_>>() {
+            match slot.worker.add(new) {
+                Ok(()) => {
+                    polled.insert(new);
+                }
+                Err(e) => outcome = outcome.and(Err(e.to_string())),
+            }
+        }
+        outcome
+    }
+
+    /// The pod has traffic.
+    pub(super) fn ask_for_lease(&mut self, pod: &Pod) {
+        if let Some(slot) = pod.worker.and_then(|key| self.slots.get_mut(&key)) {
+            slot.lease_asked = true;
+        }
+    }
+
+    /// Starts the leases that were asked for, one wake-up a worker however many pods asked.
+    pub(super) fn renew(&mut self) {
+        for slot in self.slots.values_mut() {
+            if !std::mem::take(&mut slot.lease_asked) {
+                continue;
+            }
+            slot.renewals += 1;
+            if let Err(error) = slot.worker.wake() {
+                tracing::warn!(%error, "the worker could not be woken");
+            }
+        }
+    }
+}
