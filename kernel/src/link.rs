@@ -15,7 +15,7 @@ use ipnet::IpNet;
 
 pub use announce::announce;
 pub use batch::Batch;
-pub use bridge::Bridge;
+pub use bridge::{Bridge, DEFAULT_VLAN, PortVlan, VlanId};
 pub use events::{LinkEvent, LinkEvents};
 pub use socket::RouteSocket;
 
@@ -79,6 +79,8 @@ pub struct Link {
     pub peer_nsid: Option<i32>,
     /// Index of the bridge it is a port of.
     pub master: Option<IfIndex>,
+    /// Of a bridge: whether it keeps its ports' VLANs apart.
+    pub vlan_filtering: bool,
     /// Of a bridge's port: whether it may send a frame back out of itself.
     pub hairpin: bool,
     /// Received packets (`IFLA_STATS64`).

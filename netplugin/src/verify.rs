@@ -127,6 +127,13 @@ fn bridge_differences(
             on_off(wanted.hairpin)
         ));
     }
+    if let Some(wanted) = wanted.vlan {
+        let vlans = host.route.port_vlans(end.index)?;
+        let only = matches!(&vlans[..], [is] if is.vlan == wanted && is.pvid && is.untagged);
+        if !bridge.vlan_filtering || !only {
+            found.push(format!("{} is not in VLAN {wanted} alone", end.name));
+        }
+    }
     if bridge.mtu != end.mtu {
         found.push(format!(
             "{} has MTU {}, its port {} has {}",

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use kbp_kernel::ethtool::{self, Features};
-use kbp_kernel::link::{Batch, Route, RouteSocket, VethPair};
+use kbp_kernel::link::{Batch, DEFAULT_VLAN, Route, RouteSocket, VethPair, VlanId};
 use kbp_kernel::netns::Netns;
 use kbp_kernel::{IfIndex, MacAddr, Mtu};
 use nix::errno::Errno;
@@ -73,6 +73,15 @@ pub(crate) struct Pair {
     pub(crate) pod: End,
 }
 
+/// Where on a bridge the host end belongs.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Port {
+    /// The bridge.
+    pub(crate) bridge: IfIndex,
+    /// The VLAN in which the port is, untagged; None: the bridge's default.
+    pub(crate) vlan: Option<VlanId>,
+}
+
 /// What the features of both ends have to be.
 pub(crate) fn features(profile: Profile) -> Features {
     Features {
@@ -111,14 +120,14 @@ pub(crate) fn refuse_existing(
     }
 }
 
-/// Creates the pair, each end in its namespace, both up and pollable, the host end a port of `bridge`.
+/// Creates the pair, each end in its namespace, both up and pollable, the host end on a bridge where `port` is given.
 pub(crate) fn create(
     host: &mut Side,
     pod: &mut Side,
     attachment: &Attachment,
     options: &Options,
     mtu: Mtu,
-    bridge: Option<IfIndex>,
+    port: Option<Port>,
 ) -> Result<Pair> {
     let host_name = attachment.host_end();
     let pod_mac = options.mac.unwrap_or_else(|| attachment.pod_mac());
@@ -133,7 +142,7 @@ pub(crate) fn create(
         tx_queue_len: options.tx_queue_len,
     };
     batch
-        .create_veth_with(&veth, options.queues, bridge)
+        .create_veth_with(&veth, options.queues, port.map(|port| port.bridge))
         // Without its alias GC would not know whose it is, should this process be killed.
         .set_alias_of(&host_name, &attachment.alias());
     match host.route.execute(&batch) {
@@ -156,6 +165,10 @@ pub(crate) fn create(
             host: end(host, &host_name, attachment.host_mac())?,
             pod: end(pod, &attachment.ifname, pod_mac)?,
         };
+        // Before the port is up: not a frame of the pod gets into another VLAN.
+        if let Some(vlan) = port.and_then(|port| port.vlan) {
+            join_vlan(host, pair.host.index, vlan)?;
+        }
         set_up(host, pod, &pair, options)?;
         Ok(pair)
     })
@@ -187,6 +200,22 @@ fn set_up(host: &mut Side, pod: &mut Side, pair: &Pair, options: &Options) -> Re
         side.route.link_by_index(end.index)?;
     }
     Ok(())
+}
+
+fn join_vlan(host: &mut Side, port: IfIndex, vlan: VlanId) -> Result<()> {
+    const NOT_IN_IT: i32 = Errno::ENOENT as i32;
+    host.route.execute(Batch::new().set_port_vlan(port, vlan))?;
+    if vlan == DEFAULT_VLAN {
+        return Ok(());
+    }
+    match host
+        .route
+        .execute(Batch::new().delete_port_vlan(port, DEFAULT_VLAN))
+    {
+        // A bridge can have another default, or none.
+        Err(error) if error.errno() == Some(NOT_IN_IT) => Ok(()),
+        left => Ok(left?),
+    }
 }
 
 /// Switches IPv6 on at both ends; runtimes switch it off for new namespaces.

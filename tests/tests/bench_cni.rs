@@ -59,8 +59,16 @@ fn a_quick_run_measures_every_plugin_and_leaves_nothing() {
     }
     // Four plugins, two verbs: v4 alone and at once, dual stack alone.
     assert_eq!(kinds.len(), 4 * 2 * 3, "{kinds:?}");
+    // One at a time and at once, v4 and dual stack.
+    assert_eq!(report["work"].as_array().map(Vec::len), Some(4));
     assert_eq!(report["scale"].as_array().map(Vec::len), Some(2));
-    for plugin in ["ptp", "bridge", "kbp+host-local", "kbp+kbp-local"] {
+    for plugin in [
+        "ptp",
+        "bridge",
+        "kbp+host-local",
+        "kbp+kbp-local",
+        "own work",
+    ] {
         assert!(table.contains(plugin), "{plugin} is not in {table}");
     }
     assert!(sandbox_is_gone(pid));

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::{Link, LinkKind, Route};
+use super::{Link, LinkKind, PortVlan, Route, VlanId};
 use crate::netlink::attributes::{
     address, attributes, i32_at, text, u8_at, u16_at, u32_at, u64_at,
 };
@@ -17,7 +17,12 @@ const RTNH_F_ONLINK: u32 = 4;
 /// `NETNSA_NSID` of linux/net_namespace.h.
 const NETNSA_NSID: u16 = 1;
 // linux/if_link.h
+const IFLA_BR_VLAN_FILTERING: u16 = 7;
 const IFLA_BRPORT_MODE: u16 = 4;
+// linux/if_bridge.h
+const IFLA_BRIDGE_VLAN_INFO: u16 = 2;
+const BRIDGE_VLAN_INFO_PVID: u16 = 1 << 1;
+const BRIDGE_VLAN_INFO_UNTAGGED: u16 = 1 << 2;
 // Lengths of the structures before the attributes.
 const IFINFOMSG: usize = 16;
 const IFADDRMSG: usize = 8;
@@ -64,6 +69,7 @@ pub(super) fn link(payload: &[u8]) -> Option<Link> {
         peer_index: None,
         peer_nsid: None,
         master: None,
+        vlan_filtering: false,
         hairpin: false,
         rx_packets: 0,
         tx_packets: 0,
@@ -102,11 +108,17 @@ fn read_info(link: &mut Link, info: &[u8]) {
         Some(kind) if kind == "veth" => LinkKind::Veth,
         Some(kind) => LinkKind::Other(kind),
     };
+    let flag = |of: u16, wanted: u16| {
+        let found = attributes(find(of)?).find(|(kind, _)| *kind == wanted)?;
+        u8_at(found.1, 0).map(|value| value != 0)
+    };
+    if link.kind == LinkKind::Other("bridge".to_owned()) {
+        let filtering = flag(libc::IFLA_INFO_DATA, IFLA_BR_VLAN_FILTERING);
+        link.vlan_filtering = filtering.unwrap_or_default();
+    }
     if find(libc::IFLA_INFO_SLAVE_KIND).map(text).as_deref() == Some("bridge") {
-        let mut port = find(libc::IFLA_INFO_SLAVE_DATA)
-            .into_iter()
-            .flat_map(attributes);
-        link.hairpin = port.any(|(kind, value)| kind == IFLA_BRPORT_MODE && value != [0]);
+        let hairpin = flag(libc::IFLA_INFO_SLAVE_DATA, IFLA_BRPORT_MODE);
+        link.hairpin = hairpin.unwrap_or_default();
     }
 }
 
@@ -223,6 +235,25 @@ fn next_hops(mut bytes: &[u8]) -> Option<Vec<Hop>> {
         bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
     }
     Some(hops)
+}
+
+/// Index and VLANs of a bridge's port, as the bridge family describes it (`struct bridge_vlan_info` of
+/// linux/if_bridge.h).
+pub(super) fn port_vlans(payload: &[u8]) -> Option<(IfIndex, Vec<PortVlan>)> {
+    let header = LinkHeader::read(payload)?;
+    let spec = attributes(payload.get(IFINFOMSG..)?)
+        .find(|(kind, _)| *kind == libc::IFLA_AF_SPEC)
+        .map_or(&[][..], |(_, value)| value);
+    let vlans = attributes(spec).filter(|(kind, _)| *kind == IFLA_BRIDGE_VLAN_INFO);
+    let vlans = vlans.filter_map(|(_, value)| {
+        let flags = u16_at(value, 0)?;
+        Some(PortVlan {
+            vlan: VlanId(u16_at(value, 2)?),
+            pvid: flags & BRIDGE_VLAN_INFO_PVID != 0,
+            untagged: flags & BRIDGE_VLAN_INFO_UNTAGGED != 0,
+        })
+    });
+    Some((header.index, vlans.collect()))
 }
 
 /// Link, state, address and MAC of a `struct ndmsg`; None for one without a MAC.

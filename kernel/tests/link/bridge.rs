@@ -5,7 +5,9 @@ use std::net::IpAddr;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use kbp_kernel::link::{Batch, Bridge, Link, LinkKind, RouteSocket, announce};
+use kbp_kernel::link::{
+    Batch, Bridge, DEFAULT_VLAN, Link, LinkKind, PortVlan, RouteSocket, VlanId, announce,
+};
 use kbp_kernel::netns::Netns;
 use kbp_kernel::{MacAddr, Mtu};
 
@@ -17,15 +19,15 @@ fn link(socket: &mut RouteSocket, name: &str) -> Link {
     socket.link_by_name(name).expect("ask").expect(name)
 }
 
-fn bridge(socket: &mut RouteSocket) -> Link {
+fn bridge(socket: &mut RouteSocket, vlan_filtering: bool) -> Link {
     let bridge = Bridge {
         name: "br0",
         mac: BRIDGE_MAC,
         mtu: Mtu(9000),
+        vlan_filtering,
     };
-    socket
-        .execute(Batch::new().create_bridge(&bridge))
-        .expect("create the bridge");
+    let created = socket.execute(Batch::new().create_bridge(&bridge));
+    created.expect("create the bridge");
     link(socket, "br0")
 }
 
@@ -33,7 +35,7 @@ fn bridge(socket: &mut RouteSocket) -> Link {
 fn a_bridge_has_what_was_asked_for_and_its_name_only_once() {
     let netns = Netns::create().expect("namespace");
     let mut socket = RouteSocket::open_in(&netns).expect("socket");
-    let link = bridge(&mut socket);
+    let link = bridge(&mut socket, false);
     assert_eq!(link.kind, LinkKind::Other("bridge".into()));
     assert_eq!((link.mac, link.mtu), (Some(BRIDGE_MAC), Mtu(9000)));
     assert!(link.up);
@@ -41,6 +43,7 @@ fn a_bridge_has_what_was_asked_for_and_its_name_only_once() {
         name: "br0",
         mac: BRIDGE_MAC,
         mtu: Mtu(1500),
+        vlan_filtering: false,
     };
     let error = socket
         .execute(Batch::new().create_bridge(&again))
@@ -52,7 +55,7 @@ fn a_bridge_has_what_was_asked_for_and_its_name_only_once() {
 #[test]
 fn a_veth_is_born_as_a_port_with_its_queues() {
     let mut pair = Pair::new();
-    let br0 = bridge(&mut pair.host_socket);
+    let br0 = bridge(&mut pair.host_socket, false);
     assert!(pair.host_socket.ports(br0.index).expect("list").is_empty());
     let mut born = veth("born", &pair.pod);
     born.pod_name = "eth1";
@@ -80,6 +83,52 @@ fn a_veth_is_born_as_a_port_with_its_queues() {
     pair.refresh();
     assert!(!pair.host_link.hairpin);
     assert_eq!(pair.host_socket.ports(br0.index).expect("list").len(), 2);
+}
+
+#[test]
+fn a_port_is_in_the_vlan_it_was_put_into() {
+    let mut pair = Pair::new();
+    let br0 = bridge(&mut pair.host_socket, false);
+    let host = pair.host_link.index;
+    pair.on_host(|batch| {
+        batch.set_master(host, br0.index);
+    })
+    .expect("add a port");
+    let filters = pair.on_host(|batch| {
+        batch.set_vlan_filtering(br0.index, true);
+    });
+    let joined = pair.on_host(|batch| {
+        batch
+            .set_port_vlan(host, VlanId(42))
+            .delete_port_vlan(host, DEFAULT_VLAN);
+    });
+    let vlans = pair.host_socket.port_vlans(host).expect("list");
+    let on = link(&mut pair.host_socket, "br0").vlan_filtering;
+    // A kernel without CONFIG_BRIDGE_VLAN_FILTERING refuses all of it.
+    if let Err(error) = filters {
+        for error in [error, joined.expect_err("nothing filters")] {
+            assert_eq!(error.errno(), Some(nix::errno::Errno::EOPNOTSUPP as i32));
+        }
+        assert!(!on && vlans.is_empty(), "{vlans:?}");
+        return;
+    }
+    joined.expect("set the VLAN");
+    let only = PortVlan {
+        vlan: VlanId(42),
+        pvid: true,
+        untagged: true,
+    };
+    assert_eq!((on, vlans), (true, vec![only]));
+    pair.on_host(|batch| {
+        batch.set_vlan_filtering(br0.index, false);
+    })
+    .expect("switch it off");
+    assert!(!link(&mut pair.host_socket, "br0").vlan_filtering);
+    pair.on_host(|batch| {
+        batch.delete_link(br0.index);
+    })
+    .expect("delete it");
+    assert!(bridge(&mut pair.host_socket, true).vlan_filtering);
 }
 
 #[test]

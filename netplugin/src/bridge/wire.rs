@@ -3,7 +3,7 @@
 use std::fs;
 
 use ipnet::IpNet;
-use kbp_kernel::link::{Batch, Bridge, Link, LinkKind, announce};
+use kbp_kernel::link::{Batch, Bridge, Link, LinkKind, VlanId, announce};
 use kbp_kernel::{IfIndex, MacAddr, Mtu};
 use nix::errno::Errno;
 use serde_json::json;
@@ -31,6 +31,7 @@ pub(crate) struct Base {
     hairpin: bool,
     created: bool,
     was_down: bool,
+    was_unfiltered: bool,
     added: Vec<IpNet>,
 }
 
@@ -42,21 +43,23 @@ pub(crate) fn ensure(
     wanted: Option<Mtu>,
     default: Mtu,
 ) -> Result<Base> {
-    let (name, hairpin) = (bridge.name.as_str(), bridge.hairpin);
+    let name = bridge.name.as_str();
+    let options = bridge;
     for _ in 0..ATTEMPTS {
         if let Some(link) = host.route.link_by_name(name)? {
-            return adopt(host, link, hairpin, wanted, default);
+            return adopt(host, link, options, wanted, default);
         }
         let bridge = Bridge {
             name,
             mac: random_mac()?,
             mtu: wanted.unwrap_or(default),
+            vlan_filtering: options.vlan.is_some(),
         };
         match host.route.execute(Batch::new().create_bridge(&bridge)) {
             Ok(()) => {}
             // Somebody else was faster.
             Err(error) if error.errno() == Some(Errno::EEXIST as i32) => continue,
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(unfiltered(error, name, options.vlan)),
         }
         // The caller knows nothing of it yet: a bridge that cannot be looked up once is looked up for its removal.
         let (index, failed) = match host.route.link_by_name(name) {
@@ -72,9 +75,10 @@ pub(crate) fn ensure(
             name: name.to_owned(),
             mac: bridge.mac,
             mtu: bridge.mtu,
-            hairpin,
+            hairpin: options.hairpin,
             created: true,
             was_down: false,
+            was_unfiltered: false,
             added: Vec::new(),
         };
         // A pod must not redirect the node's traffic with router advertisements (CVE-2020-10749).
@@ -94,7 +98,7 @@ pub(crate) fn ensure(
 fn adopt(
     host: &mut Side,
     link: Link,
-    hairpin: bool,
+    options: &BridgeOptions,
     wanted: Option<Mtu>,
     default: Mtu,
 ) -> Result<Base> {
@@ -118,19 +122,65 @@ fn adopt(
             mtu = is;
         }
     }
-    if !link.up {
-        host.route.execute(Batch::new().set_up(link.index))?;
-    }
-    Ok(Base {
+    let mut base = Base {
         index: link.index,
+        name: name.clone(),
         mac,
         mtu,
-        hairpin,
+        hairpin: options.hairpin,
         created: false,
-        was_down: !link.up,
+        was_down: false,
+        was_unfiltered: false,
         added: Vec::new(),
-        name: link.name,
-    })
+    };
+    let changed = filter(host, &link, options.vlan, &mut base).and_then(|()| {
+        if !link.up {
+            host.route.execute(Batch::new().set_up(link.index))?;
+            base.was_down = true;
+        }
+        Ok(())
+    });
+    match changed {
+        Ok(()) => Ok(base),
+        // The caller knows nothing of it yet.
+        Err(error) => Err(match release(host, &base) {
+            Ok(()) => error,
+            Err(more) => error.with_details(&more.to_string()),
+        }),
+    }
+}
+
+/// Has a bridge keep VLANs apart where `vlan` asks for it. What tagged frames do on a bridge that others use already is
+/// not changed behind their backs.
+fn filter(host: &mut Side, link: &Link, vlan: Option<VlanId>, base: &mut Base) -> Result<()> {
+    let Some(vlan) = vlan.filter(|_| !link.vlan_filtering) else {
+        return Ok(());
+    };
+    let name = &link.name;
+    if !host.route.ports(link.index)?.is_empty() {
+        let allowed = format!(
+            "0, for bridge {name} has ports and does not filter VLANs; `ip link set {name} type bridge vlan_filtering 1` makes it"
+        );
+        return Err(CniError::config("vlan", &json!(vlan.0), &allowed));
+    }
+    host.route
+        .execute(Batch::new().set_vlan_filtering(link.index, true))
+        .map_err(|error| unfiltered(error, name, Some(vlan)))?;
+    base.was_unfiltered = true;
+    Ok(())
+}
+
+/// The answer of a kernel that cannot filter VLANs, told in the config's words.
+fn unfiltered(error: kbp_kernel::Error, bridge: &str, vlan: Option<VlanId>) -> CniError {
+    match vlan.filter(|_| error.errno() == Some(Errno::EOPNOTSUPP as i32)) {
+        None => error.into(),
+        Some(vlan) => {
+            let msg = format!(
+                "vlan: {vlan} is not supported by this kernel, which cannot filter VLANs on bridge {bridge}: it takes CONFIG_BRIDGE_VLAN_FILTERING; leave vlan out, or use a kernel that has it"
+            );
+            CniError::new(Code::UNSUPPORTED, msg)
+        }
+    }
 }
 
 fn no_bridge(name: &str) -> CniError {
@@ -242,7 +292,8 @@ fn check_mtu(host: &mut Side, base: &Base) -> Result<()> {
 
 /// Undoes what was made of the bridge, unless other ports use it by now. The pod's own pair has to be gone.
 pub(crate) fn release(host: &mut Side, base: &Base) -> Result<()> {
-    let untouched = !base.created && !base.was_down && base.added.is_empty();
+    let untouched =
+        !base.created && !base.was_down && !base.was_unfiltered && base.added.is_empty();
     if untouched || !host.route.ports(base.index)?.is_empty() {
         return Ok(());
     }
@@ -252,6 +303,9 @@ pub(crate) fn release(host: &mut Side, base: &Base) -> Result<()> {
     let mut batch = Batch::new();
     for address in &base.added {
         batch.delete_address(base.index, *address);
+    }
+    if base.was_unfiltered {
+        batch.set_vlan_filtering(base.index, false);
     }
     if base.was_down {
         batch.set_down(base.index);

@@ -1,5 +1,6 @@
 //! What a config and a call say about one attachment.
 
+use kbp_kernel::link::VlanId;
 use kbp_kernel::{MacAddr, Mtu};
 use serde_json::{Map, Value, json};
 
@@ -52,6 +53,8 @@ pub(crate) struct BridgeOptions {
     pub(crate) is_gateway: bool,
     /// Whether a pod reaches itself through the bridge.
     pub(crate) hairpin: bool,
+    /// The VLAN of the pod's port, untagged; None: the bridge's default.
+    pub(crate) vlan: Option<VlanId>,
 }
 
 /// What was read.
@@ -117,8 +120,14 @@ fn mode(json: &Map<String, Value>, is_default_gateway: bool) -> Result<Mode> {
     match string(json, "mode", MODES)? {
         None | Some("routed") => Ok(Mode::Routed),
         Some("bridge") => {
-            if number(json, "vlan", 0, 4094, "0 (none) to 4094")?.unwrap_or(0) > 0 {
-                let msg = format!("vlan: {} is not supported; allowed: 0", json["vlan"]);
+            let vlan = number(json, "vlan", 0, 4094, "0 (none) to 4094")?;
+            let vlan = vlan.and_then(|vlan| u16::try_from(vlan).ok());
+            let vlan = vlan.filter(|vlan| *vlan > 0).map(VlanId);
+            let is_gateway = is_default_gateway || boolean(json, "isGateway")?;
+            if let Some(vlan) = vlan.filter(|_| is_gateway) {
+                let msg = format!(
+                    "vlan: {vlan} is not supported together with isGateway or isDefaultGateway; a VLAN's gateway is a router in it, named as the gateway in ipam"
+                );
                 return unsupported(msg);
             }
             const NAMES: &str = "the name of a bridge, 1 to 15 bytes";
@@ -128,8 +137,9 @@ fn mode(json: &Map<String, Value>, is_default_gateway: bool) -> Result<Mode> {
             }
             Ok(Mode::Bridge(BridgeOptions {
                 name: name.to_owned(),
-                is_gateway: is_default_gateway || boolean(json, "isGateway")?,
+                is_gateway,
                 hairpin: boolean(json, "hairpinMode")?,
+                vlan,
             }))
         }
         Some("tune") => Ok(Mode::Tune),
@@ -248,9 +258,9 @@ mod tests {
                 ["mode", "\"ipvlan\"", "\"routed\""],
             ),
             (
-                json!({ "mode": "bridge", "vlan": 7 }),
+                json!({ "mode": "bridge", "vlan": 7, "isGateway": true }),
                 Code::UNSUPPORTED,
-                ["vlan", "7", "0"],
+                ["vlan", "7", "isGateway"],
             ),
             (
                 json!({ "mode": "bridge", "vlan": 4095 }),
@@ -394,6 +404,7 @@ mod tests {
                 name: name.into(),
                 is_gateway,
                 hairpin,
+                vlan: None,
             })
         };
         assert_eq!(
@@ -402,6 +413,10 @@ mod tests {
         );
         let gateway = json!({ "mode": "bridge", "bridge": "br1", "isDefaultGateway": true, "hairpinMode": true });
         assert_eq!(mode(gateway), bridge("br1", true, true));
+        let Mode::Bridge(in_vlan) = mode(json!({ "mode": "bridge", "vlan": 4094 })) else {
+            panic!("another mode");
+        };
+        assert_eq!(in_vlan.vlan, Some(VlanId(4094)));
         assert_eq!(mode(json!({ "mode": "tune" })), Mode::Tune);
     }
 

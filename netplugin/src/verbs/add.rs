@@ -20,7 +20,7 @@ use crate::cni::options::{BridgeOptions, Mode, Options};
 use crate::cni::result::{self, Attached, Interface};
 use crate::sysctl::{self, PodSysctl};
 use crate::uplink::UplinkMtu;
-use crate::wire::{self, DEVICE_MTU, End, Pair, Side};
+use crate::wire::{self, DEVICE_MTU, End, Pair, Port, Side};
 use crate::{bridge, masquerade, routed, tune};
 
 /// Attaches the container and hands the result to `deliver`, without which nobody would know of the attachment.
@@ -133,7 +133,14 @@ impl Add<'_> {
         let base = bridge::wire::ensure(&mut self.host, bridge, self.options.mtu, default)?;
         let (index, mtu) = (base.index, base.mtu);
         self.made.bridge = Some(base);
-        self.pair(mtu, Some(index))
+        let vlan = bridge.vlan;
+        self.pair(
+            mtu,
+            Some(Port {
+                bridge: index,
+                vlan,
+            }),
+        )
     }
 
     fn bridge(
@@ -172,14 +179,14 @@ impl Add<'_> {
         Ok(result)
     }
 
-    fn pair(&mut self, mtu: Mtu, bridge: Option<IfIndex>) -> Result<Pair> {
+    fn pair(&mut self, mtu: Mtu, port: Option<Port>) -> Result<Pair> {
         let pair = wire::create(
             &mut self.host,
             &mut self.pod,
             &self.attachment,
             &self.options,
             mtu,
-            bridge,
+            port,
         )?;
         self.made.host_end = Some(pair.host.index);
         Ok(pair)

@@ -1,10 +1,12 @@
 //! Mode `bridge`.
 
-use kbp_kernel::ethtool;
+use kbp_kernel::link::{Batch, Bridge, RouteSocket};
+use kbp_kernel::netns::Netns;
+use kbp_kernel::{MacAddr, Mtu, ethtool};
 use serde_json::{Value, json};
 
 use crate::lifecycle::with_result;
-use crate::traffic::{ip, path_mtu, tcp_transfer, udp_echo};
+use crate::traffic::{ip, path_mtu, tcp_transfer, udp_arrives, udp_echo};
 use crate::world::{HOST_V4, OUTSIDE_V4, OUTSIDE_V6, Pod, UPLINK_MTU, World};
 
 fn gateway(world: &World, more: Value) -> Value {
@@ -276,4 +278,89 @@ fn what_cannot_be_done_leaves_no_bridge_and_no_address() {
         udp_echo(&world.host, &world.outside, ip(OUTSIDE_V4), 10),
         ip(HOST_V4)
     );
+}
+
+fn in_vlan(world: &World, vlan: u16) -> Value {
+    let more = json!({ "mode": "bridge", "bridge": "sw0", "vlan": vlan, "ipMasq": false });
+    world.config("1.0.0", more)
+}
+
+/// Whether this kernel can keep the VLANs of a bridge apart: seen by trying.
+fn filters_vlans() -> bool {
+    let netns = Netns::create().expect("create a namespace");
+    let mut socket = RouteSocket::open_in(&netns).expect("open a socket");
+    let bridge = Bridge {
+        name: "try",
+        mac: MacAddr([2, 0, 0, 0, 9, 9]),
+        mtu: Mtu(1500),
+        vlan_filtering: true,
+    };
+    match socket.execute(Batch::new().create_bridge(&bridge)) {
+        Ok(()) => true,
+        Err(error) if error.errno() == Some(nix::libc::EOPNOTSUPP) => false,
+        Err(error) => panic!("create a bridge: {error}"),
+    }
+}
+
+#[test]
+fn pods_of_one_vlan_reach_each_other_and_no_other() {
+    let world = World::new();
+    let [a, b, other] = ["pod-a", "pod-b", "other"].map(Pod::new);
+    if !filters_vlans() {
+        let named = ["vlan: 7", "CONFIG_BRIDGE_VLAN_FILTERING"];
+        failing_add(&world, &a, &in_vlan(&world, 7), 2, &named);
+        world.host_command("ip", &["link", "add", "sw0", "type", "bridge"]);
+        failing_add(&world, &a, &in_vlan(&world, 7), 2, &named);
+        return;
+    }
+    world.add(&a, &in_vlan(&world, 7));
+    let result = world.add(&b, &in_vlan(&world, 7));
+    world.add(&other, &in_vlan(&world, 8));
+    // In VLAN 1, as every port is that nobody has put elsewhere.
+    let plain = Pod::new("plain");
+    world.add(&plain, &in_vlan(&world, 0));
+    udp_echo(&a.netns, &b.netns, ip("10.77.0.3"), 1000);
+    udp_echo(&a.netns, &b.netns, ip("fd77::3"), 1000);
+    for (far, addresses) in [
+        (&other, ["10.77.0.4", "fd77::4"]),
+        (&plain, ["10.77.0.5", "fd77::5"]),
+    ] {
+        for address in addresses {
+            let arrived = udp_arrives(&a.netns, &far.netns, ip(address));
+            assert!(!arrived, "{address} is in another VLAN");
+        }
+    }
+    let check = with_result(&in_vlan(&world, 7), &result);
+    world.quiet("CHECK", &b, &check);
+    let port = result["interfaces"][1]["name"].as_str().expect("a name");
+    world.host_command("bridge", &["vlan", "add", "dev", port, "vid", "9"]);
+    world
+        .call("CHECK", &b, &check)
+        .assert_error(103, &["VLAN 7 alone"]);
+    for pod in [&a, &b, &other, &plain] {
+        world.quiet("DEL", pod, &in_vlan(&world, 7));
+    }
+}
+
+#[test]
+fn a_bridge_that_others_use_is_not_made_to_filter_vlans() {
+    let world = World::new();
+    let pods = ["pod-a", "pod-b"].map(Pod::new);
+    let gateway = gateway(&world, json!({ "bridge": "sw0", "vlan": 7 }));
+    failing_add(&world, &pods[0], &gateway, 2, &["vlan: 7", "isGateway"]);
+    world.add(&pods[0], &in_vlan(&world, 0));
+    let named = ["vlan: 7", "sw0", "vlan_filtering 1"];
+    failing_add(&world, &pods[1], &in_vlan(&world, 7), 7, &named);
+    world.quiet("DEL", &pods[0], &in_vlan(&world, 0));
+    // Without ports it is free, and what cannot be done then is undone.
+    if filters_vlans() {
+        let mut config = in_vlan(&world, 7);
+        config["sysctl"] = json!({ "net.ipv4.kbp_never": "1" });
+        failing_add(&world, &pods[1], &config, 5, &["net/ipv4/kbp_never"]);
+        let bridge = world.route().link_by_name("sw0").expect("read");
+        assert!(!bridge.expect("the bridge").vlan_filtering);
+        world.add(&pods[1], &in_vlan(&world, 7));
+        let bridge = world.route().link_by_name("sw0").expect("read");
+        assert!(bridge.expect("the bridge").vlan_filtering);
+    }
 }

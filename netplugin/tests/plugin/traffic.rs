@@ -59,6 +59,17 @@ pub(crate) fn udp_echo(client: &Netns, server: &Netns, address: IpAddr, size: us
     peer.ip()
 }
 
+/// Whether a datagram to `address` arrives; not before a while is it taken for lost.
+pub(crate) fn udp_arrives(client: &Netns, server: &Netns, address: IpAddr) -> bool {
+    const WHILE: Duration = Duration::from_millis(500);
+    let server = udp(server, (address, 0).into());
+    server.set_read_timeout(Some(WHILE)).expect("set a timeout");
+    let to = server.local_addr().expect("an address");
+    // Without a neighbour it waits for one, or is refused.
+    let _ = udp(client, any(address)).send_to(&[1], to);
+    server.recv_from(&mut [0; 8]).is_ok()
+}
+
 /// Sends `size` bytes over TCP to `address`, and gets a sum of them back; the address that the server saw.
 pub(crate) fn tcp_transfer(client: &Netns, server: &Netns, address: IpAddr, size: usize) -> IpAddr {
     let listener = server

@@ -148,6 +148,12 @@ fn run(options: &Options, interrupted: &Arc<AtomicBool>) -> Result<()> {
             report.calls.extend(bench.compare(variant)?);
         }
     }
+    for dual_stack in [false, true] {
+        report.work.extend(bench.own_work(Variant {
+            dual_stack,
+            masquerade: false,
+        })?);
+    }
     report.scale = bench.scale(&plugins, sandbox.dir())?;
     let text = report.text();
     println!("{text}");
@@ -194,6 +200,40 @@ impl Bench<'_> {
             );
         }
         Ok(Summary::of(&took))
+    }
+
+    /// What kbp itself does in an ADD, its built-in IPAM included: without the start of the process.
+    fn own_work(&self, variant: Variant) -> Result<Vec<Row>> {
+        let arm = Arm::KbpLocal;
+        let config = config(arm, variant, self.node.leases());
+        let mut rows = Vec::new();
+        for (rounds, pods) in [
+            (self.amount.sequential, &self.pods[..1]),
+            (self.amount.at_once, &self.pods[..]),
+        ] {
+            let (family, at_once) = (variant.family(), pods.len());
+            eprintln!("{family}, own work, {at_once} at once");
+            let mut took = Vec::new();
+            for round in 0..rounds {
+                if !self.goes_on(round)? {
+                    break;
+                }
+                took.extend(match pods {
+                    [pod] => vec![self.node.work(arm, "ADD", pod, &config)?],
+                    pods => self.node.work_all(arm, "ADD", pods, &config)?,
+                });
+                self.node.call_all(arm, "DEL", pods, &config)?;
+            }
+            rows.extend(Summary::of(&took).map(|summary| Row {
+                plugin: arm,
+                family,
+                masquerade: variant.masquerade,
+                at_once,
+                verb: "ADD",
+                summary,
+            }));
+        }
+        Ok(rows)
     }
 
     /// Every plugin, one call at a time and many at once.

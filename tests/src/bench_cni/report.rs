@@ -38,6 +38,8 @@ pub(crate) struct Report {
     /// Start and end of a kbp that does nothing (VERSION): part of every figure of kbp.
     pub(crate) start_only: Option<Summary>,
     pub(crate) calls: Vec<Row>,
+    /// ADD by kbp with its built-in IPAM, from when the started process gets its input to its end.
+    pub(crate) work: Vec<Row>,
     pub(crate) scale: Vec<Scale>,
 }
 
@@ -73,6 +75,13 @@ impl Report {
                 "kbp, start only (VERSION)",
                 columns(start)
             );
+        }
+        for row in &self.work {
+            let what = format!(
+                "kbp, own work of ADD, {}, {} at once",
+                row.family, row.at_once
+            );
+            let _ = writeln!(text, "{what:<40} {}", columns(&row.summary));
         }
         for scale in &self.scale {
             let what = format!("kbp+kbp-local ADD, {} pods exist", scale.existing_pods);
