@@ -24,6 +24,7 @@ pub mod command;
 pub mod containerd;
 pub mod error;
 pub mod fixtures;
+pub mod grpc;
 pub mod lab;
 pub mod leftovers;
 pub mod network;

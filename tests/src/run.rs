@@ -149,12 +149,25 @@ impl Run {
             self.runtime.clone(),
         ];
         arguments.push(if self.detached { "--detach" } else { "--rm" }.to_owned());
+        self.describe(&mut arguments);
+        arguments
+    }
+
+    /// The arguments for a `ctr` that makes the container and no task of it.
+    pub fn create_arguments(&self) -> Vec<String> {
+        let mut arguments: Vec<String> = ["containers", "create", "--runtime", &self.runtime]
+            .map(str::to_owned)
+            .to_vec();
+        self.describe(&mut arguments);
+        arguments
+    }
+
+    fn describe(&self, arguments: &mut Vec<String>) {
         arguments.extend(self.flags.iter().cloned());
         if !self.spec {
             arguments.push(self.image.clone());
         }
         arguments.push(self.id.clone());
         arguments.extend(self.command.iter().cloned());
-        arguments
     }
 }

@@ -219,7 +219,7 @@ impl Pod {
         let runtime = inner
             .runtimes
             .entry(binary.clone())
-            .or_insert_with(|| OciRuntime::ask(&binary));
+            .or_insert_with(|| OciRuntime::ask(&binary, &config.state_dir));
         let notifier = match inner.notifier.take() {
             Some(notifier) => Ok(inner.notifier.insert(notifier)),
             None => self

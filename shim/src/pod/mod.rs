@@ -11,6 +11,7 @@
 mod asked;
 mod cleanup;
 mod decorator;
+mod features;
 mod life;
 mod oci_runtime;
 mod report;

@@ -2,11 +2,14 @@
 
 use std::io::Read;
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::Value;
+
+use super::features;
 
 /// How long a runtime may take to tell.
 const LIMIT: Duration = Duration::from_secs(3);
@@ -27,9 +30,10 @@ pub(super) struct OciRuntime {
 }
 
 impl OciRuntime {
-    /// Asks `binary`. A runtime that does not tell, as older ones do, is tried.
-    pub(super) fn ask(binary: &str) -> Self {
-        Self::read(binary, &output(binary, "features").unwrap_or_default())
+    /// Asks `binary`, unless its answer is kept below `state_dir`. A runtime that does not tell, as older ones do, is tried.
+    pub(super) fn ask(binary: &str, state_dir: &Path) -> Self {
+        let answer = features::of(binary, state_dir, || output(binary, "features"));
+        Self::read(binary, &answer.unwrap_or_default())
     }
 
     /// Understands the answer to `features` (runtime specification, "Features Structure").
@@ -115,7 +119,6 @@ fn read_bounded(mut from: impl Read + AsFd, until: Instant) -> Option<Vec<u8>> {
 mod tests {
     use std::fs;
     use std::os::unix::fs::PermissionsExt;
-    use std::path::Path;
 
     use super::*;
 
@@ -151,17 +154,22 @@ mod tests {
 
     #[test]
     fn real_runtimes_are_understood() {
-        let runc = OciRuntime::ask("runc");
-        assert!(runc.is_runc && runc.unable.is_none(), "{runc:?}");
-        let crun = OciRuntime::ask("crun");
-        assert!(!crun.is_runc && crun.unable.is_none(), "{crun:?}");
+        let dir = tempfile::tempdir().expect("tempdir");
+        // Asked, and read again.
+        for _ in 0..2 {
+            let runc = OciRuntime::ask("runc", dir.path());
+            assert!(runc.is_runc && runc.unable.is_none(), "{runc:?}");
+            let crun = OciRuntime::ask("crun", dir.path());
+            assert!(!crun.is_runc && crun.unable.is_none(), "{crun:?}");
+        }
     }
 
     #[test]
     fn what_cannot_be_asked_is_tried() {
         let dir = tempfile::tempdir().expect("tempdir");
-        assert_eq!(OciRuntime::ask("/nowhere/runc"), OciRuntime::default());
+        let ask = |binary: &str| OciRuntime::ask(binary, dir.path());
+        assert_eq!(ask("/nowhere/runc"), OciRuntime::default());
         let endless = script(dir.path(), "exec cat /dev/zero");
-        assert_eq!(OciRuntime::ask(&endless), OciRuntime::default());
+        assert_eq!(ask(&endless), OciRuntime::default());
     }
 }

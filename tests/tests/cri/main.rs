@@ -1,6 +1,5 @@
 //! Pods as the kubelet makes them, through containerd's CRI plugin with the handler of `config/containerd/`.
 
-mod client;
 mod messages;
 
 use std::collections::HashMap;
@@ -10,7 +9,8 @@ use kbp_poller::policy::WorkerPolicy;
 use kbp_tests::binaries::{bin_dir, reference_cni_dir};
 use kbp_tests::lab::LIMIT;
 use kbp_tests::{
-    Containerd, Generation, Leftovers, Rootfs, Sandbox, Settings, Sockets, fixtures, wait_until,
+    Containerd, Generation, Leftovers, Rootfs, Sandbox, Settings, Sockets, fixtures, grpc,
+    wait_until,
 };
 use messages::*;
 use prost::Message;
@@ -140,7 +140,7 @@ impl Node<'_> {
         method: &str,
         request: &impl Message,
     ) -> Result<A, String> {
-        client::call(&self.socket, method, request)
+        grpc::call(&self.socket, &format!("runtime.v1.{method}"), &[], request)
     }
 
     fn sandbox_config(&self, name: &str, annotations: &[(&str, &str)]) -> SandboxConfig {

@@ -1,4 +1,4 @@
-//! A client of the Container Runtime Interface: unary gRPC calls over containerd's socket.
+//! Unary gRPC calls over containerd's socket: its own services, and the Container Runtime Interface.
 
 use std::path::Path;
 use std::time::Duration;
@@ -9,10 +9,11 @@ use prost::Message;
 /// Longest that a call may take.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// Calls `service/method` (e.g. `RuntimeService/RunPodSandbox`) of `runtime.v1`. An error is gRPC's code and message.
-pub(crate) fn call<A: Message + Default>(
+/// Calls a method by its full name, e.g. `runtime.v1.RuntimeService/RunPodSandbox`, with metadata. An error is gRPC's code and message.
+pub fn call<A: Message + Default>(
     socket: &Path,
     method: &str,
+    metadata: &[(&str, &str)],
     request: &impl Message,
 ) -> Result<A, String> {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -20,7 +21,7 @@ pub(crate) fn call<A: Message + Default>(
         .build()
         .map_err(|e| e.to_string())?;
     let answer = async {
-        let exchange = exchange(socket, method, request.encode_to_vec());
+        let exchange = exchange(socket, method, metadata, request.encode_to_vec());
         let answer = tokio::time::timeout(LIMIT, exchange)
             .await
             .map_err(|_| format!("{method}: no answer within {LIMIT:?}"))?;
@@ -30,18 +31,25 @@ pub(crate) fn call<A: Message + Default>(
     A::decode(bytes).map_err(|e| format!("{method}: {e}"))
 }
 
-async fn exchange(socket: &Path, method: &str, message: Vec<u8>) -> Result<Bytes, String> {
+async fn exchange(
+    socket: &Path,
+    method: &str,
+    metadata: &[(&str, &str)],
+    message: Vec<u8>,
+) -> Result<Bytes, String> {
     let text = |error: &dyn std::fmt::Display| error.to_string();
     let stream = tokio::net::UnixStream::connect(socket)
         .await
         .map_err(|e| text(&e))?;
     let (client, connection) = h2::client::handshake(stream).await.map_err(|e| text(&e))?;
     let connection = tokio::spawn(connection);
-    let request = http::Request::post(format!("http://localhost/runtime.v1.{method}"))
+    let mut request = http::Request::post(format!("http://localhost/{method}"))
         .header("content-type", "application/grpc")
-        .header("te", "trailers")
-        .body(())
-        .map_err(|e| text(&e))?;
+        .header("te", "trailers");
+    for (name, value) in metadata {
+        request = request.header(*name, *value);
+    }
+    let request = request.body(()).map_err(|e| text(&e))?;
     let mut client = client.ready().await.map_err(|e| text(&e))?;
     let (response, mut body) = client.send_request(request, false).map_err(|e| text(&e))?;
     // A gRPC message: not compressed, its length, itself.
