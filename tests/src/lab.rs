@@ -264,23 +264,36 @@ fn leave_cgroup_hybrid_mode(sandbox: &Sandbox) {
 }
 
 /// Makes tests of scenarios (`fn(&Lab)`): one module an arm, one test in it a scenario. The stock arms prove the scenarios.
+///
+/// `scenarios!(a, b)` runs them on every arm, `scenarios!(on [kbp_on_machine, kbp_on_v2]: a, b)` on these.
 #[macro_export]
 macro_rules! scenarios {
-    ($($scenario:ident),* $(,)?) => {
-        $crate::scenarios!(@arm stock_on_machine Machine Stock Runc: $($scenario)*);
-        $crate::scenarios!(@arm stock_on_v2 V2 Stock Runc: $($scenario)*);
-        $crate::scenarios!(@arm stock_on_v1_7 V1_7 Stock Runc: $($scenario)*);
-        $crate::scenarios!(@arm stock_with_crun Machine Stock Crun: $($scenario)*);
-        $crate::scenarios!(@arm kbp_on_machine Machine Kbp Runc: $($scenario)*);
-        $crate::scenarios!(@arm kbp_on_v1_7 V1_7 Kbp Runc: $($scenario)*);
-        $crate::scenarios!(@arm kbp_on_v2 V2 Kbp Runc: $($scenario)*);
-        $crate::scenarios!(@arm kbp_with_crun Machine Kbp Crun: $($scenario)*);
+    (on [$($arm:ident),* $(,)?]: $($scenario:ident),* $(,)?) => {
+        $crate::scenarios!(@each [$($arm)*] [$($scenario)*]);
     };
-    (@arm $module:ident $generation:ident $runtime:ident $oci:ident: $($scenario:ident)*) => {
+    (@each [] $scenarios:tt) => {};
+    (@each [$arm:ident $($further:ident)*] $scenarios:tt) => {
+        $crate::scenarios!(@$arm $scenarios);
+        $crate::scenarios!(@each [$($further)*] $scenarios);
+    };
+    (@stock_on_machine $list:tt) => { $crate::scenarios!(@arm stock_on_machine Machine Stock Runc $list); };
+    (@stock_on_v2 $list:tt) => { $crate::scenarios!(@arm stock_on_v2 V2 Stock Runc $list); };
+    (@stock_on_v1_7 $list:tt) => { $crate::scenarios!(@arm stock_on_v1_7 V1_7 Stock Runc $list); };
+    (@stock_with_crun $list:tt) => { $crate::scenarios!(@arm stock_with_crun Machine Stock Crun $list); };
+    (@kbp_on_machine $list:tt) => { $crate::scenarios!(@arm kbp_on_machine Machine Kbp Runc $list); };
+    (@kbp_on_v1_7 $list:tt) => { $crate::scenarios!(@arm kbp_on_v1_7 V1_7 Kbp Runc $list); };
+    (@kbp_on_v2 $list:tt) => { $crate::scenarios!(@arm kbp_on_v2 V2 Kbp Runc $list); };
+    (@kbp_with_crun $list:tt) => { $crate::scenarios!(@arm kbp_with_crun Machine Kbp Crun $list); };
+    (@arm $module:ident $generation:ident $runtime:ident $oci:ident [$($scenario:ident)*]) => {
         mod $module {
             use $crate::{lab, Generation, Runtime};
             const ARM: lab::Arm = lab::Arm { generation: Generation::$generation, runtime: Runtime::$runtime, oci: lab::Oci::$oci };
             $(#[test] fn $scenario() { lab::on(ARM, super::$scenario) })*
         }
+    };
+    ($($scenario:ident),* $(,)?) => {
+        $crate::scenarios!(on [
+            stock_on_machine, stock_on_v2, stock_on_v1_7, stock_with_crun, kbp_on_machine, kbp_on_v1_7, kbp_on_v2, kbp_with_crun,
+        ]: $($scenario),*);
     };
 }

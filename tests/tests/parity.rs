@@ -4,9 +4,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use kbp_tests::command::Running;
 use kbp_tests::lab::{LIMIT, on};
-use kbp_tests::{Arm, Generation, Lab, Oci, Runtime, running, wait_until};
+use kbp_tests::{Arm, Events, Generation, Lab, Oci, Runtime, running, wait_until};
 
 kbp_tests::scenarios!(
     events_are_in_order,
@@ -19,52 +18,8 @@ kbp_tests::scenarios!(
     limits_are_in_force,
 );
 
-/// Topics of the events so far, in order, e.g. `/tasks/start`.
-fn topics(text: &str, container: &str) -> Vec<String> {
-    let about = |line: &&str| line.contains(&format!("\"container_id\":\"{container}\""));
-    let topic = |line: &str| {
-        line.split_whitespace()
-            .find(|w| w.starts_with("/tasks/"))
-            .map(str::to_owned)
-    };
-    text.lines().filter(about).filter_map(topic).collect()
-}
-
-/// `ctr events`, once it has subscribed. It does not say when: events are made until one is seen.
-fn subscribe(lab: &Lab<'_>) -> Running {
-    let mut events = lab.containerd.ctr_start(["events"]).expect("events");
-    wait_until("a first event", LIMIT, || {
-        let label = ["namespaces", "label", lab.sandbox.name(), "seen=no"];
-        lab.containerd.ctr(label).map_err(|e| e.to_string())?;
-        if events.stdout().is_empty() {
-            Err("none".to_owned())
-        } else {
-            Ok(())
-        }
-    })
-    .expect("subscribed");
-    events
-}
-
-/// Waits for the events of a container and expects exactly these, in this order.
-fn expect_events(lab: &Lab<'_>, events: &mut Running, id: &str, expected: &[&str]) {
-    let expected: Vec<String> = expected.iter().map(|t| format!("/tasks/{t}")).collect();
-    // On a busy machine the stock shim has ended before its last event, the deletion, is sent.
-    let enough = expected.len() - usize::from(lab.arm.runtime == Runtime::Stock);
-    let seen = wait_until("all events", LIMIT, || {
-        let seen = topics(events.stdout(), id);
-        if seen.len() >= enough {
-            Ok(seen)
-        } else {
-            Err(format!("{seen:?}"))
-        }
-    })
-    .expect("events");
-    assert_eq!(seen, expected[..seen.len().min(expected.len())]);
-}
-
 fn events_are_in_order(lab: &Lab<'_>) {
-    let mut events = subscribe(lab);
+    let mut events = Events::subscribe(lab);
     for round in 0..3 {
         let id = format!("c{round}");
         lab.containerd
@@ -97,23 +52,19 @@ fn events_are_in_order(lab: &Lab<'_>) {
             "exit",
             "delete",
         ];
-        expect_events(lab, &mut events, &id, &life);
+        events.expect(lab, &id, &life);
 
         // One that is gone at once.
         let id = format!("s{round}");
         lab.containerd.run(&lab.script(&id, "exit 3")).expect("run");
-        expect_events(
-            lab,
-            &mut events,
-            &id,
-            &["create", "start", "exit", "delete"],
-        );
+        events.expect(lab, &id, &["create", "start", "exit", "delete"]);
         let exit = events
-            .stdout()
-            .lines()
-            .find(|l| l.contains("/tasks/exit") && l.contains(&format!("\"{id}\"")));
+            .of(&id)
+            .into_iter()
+            .find(|l| l.contains("/tasks/exit"));
         assert!(
-            exit.is_some_and(|e| e.contains("\"exit_status\":3")),
+            exit.as_ref()
+                .is_some_and(|e| e.contains("\"exit_status\":3")),
             "{exit:?}"
         );
     }
@@ -241,7 +192,7 @@ fn an_exit_while_containerd_is_away(lab: &Lab<'_>) {
 }
 
 fn memory_ran_out(lab: &Lab<'_>) {
-    let mut events = subscribe(lab);
+    let mut events = Events::subscribe(lab);
     // A shim looks for this only from the start on, so it comes later. What is killed is a child: the container goes on.
     let script = "until [ -e /tmp/go ]; do sleep 0.05; done; head -c 200000000 /dev/zero | tail -c 100000000 | wc -c; sleep 1000";
     lab.containerd
@@ -249,7 +200,7 @@ fn memory_ran_out(lab: &Lab<'_>) {
         .expect("start");
     std::fs::write(lab.rootfs.dir().join("tmp/go"), "").expect("write");
     wait_until("the event", LIMIT, || {
-        let seen = topics(events.stdout(), "c");
+        let seen = events.topics("c");
         if seen.iter().any(|t| t == "/tasks/oom") {
             Ok(())
         } else {
