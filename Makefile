@@ -13,7 +13,7 @@ BINARIES := containerd-shim-kbp-v1 kbp-poller kbpctl
 CNI_PLUGINS := kbp
 CONFIG = $(shell find config -type f | sort)
 
-.PHONY: help build deps demo bench bench-cni test test-kernels lint install uninstall clean needs-root
+.PHONY: help build deps demo bench bench-cni bench-shim soak test test-kernels lint install uninstall clean needs-root
 .DEFAULT_GOAL := build
 
 help:
@@ -22,6 +22,8 @@ help:
 	@echo 'make demo       stock runtime against kbp on this machine, about two minutes (root)'
 	@echo 'make bench      the same, longer (root)'
 	@echo 'make bench-cni  ADD and DEL of the plugin against the reference plugins, under four minutes (root)'
+	@echo 'make bench-shim the shim against containerd'"'"'s: memory of a pod, time of a container, under five minutes (root)'
+	@echo 'make soak       containers without end, a quarter of an hour (root)'
 	@echo 'make test       every test, unit to end to end (root)'
 	@echo 'make test-kernels  kbp on stock kernels from 6.1 to 7, in emulated machines (root)'
 	@echo 'make lint       formatting, clippy, crates, shell scripts'
@@ -46,6 +48,14 @@ bench: needs-root deps build
 
 bench-cni: needs-root deps build
 	$(RELEASE)/kbp-bench-cni $(BENCH_ARGS)
+
+bench-shim: needs-root deps build
+	$(RELEASE)/kbp-bench-shim $(BENCH_ARGS)
+
+# What `make test` does a tenth of, and load for ten minutes more.
+soak: needs-root deps build
+	-@for suite in trixie forky; do tests/scripts/fetch-containerd $$suite $(CURDIR)/target; done
+	KBP_SOAK=1 KBP_BIN_DIR=$(CURDIR)/$(RELEASE) $(CARGO) test --locked --package kbp-tests --test soak --test growth
 
 # The end-to-end tests run the release binaries, which are what is installed; the tests themselves are built with unwinding and checks.
 # They also use the containerd packages and the kernels of other suites, unpacked beside the machine's own; without them the tests

@@ -33,6 +33,7 @@ pub mod rootfs;
 pub mod run;
 pub mod sandbox;
 pub mod sockets;
+pub mod tasks;
 pub mod terminal;
 pub mod vm;
 
@@ -47,5 +48,6 @@ pub use rootfs::Rootfs;
 pub use run::{Run, Runtime};
 pub use sandbox::Sandbox;
 pub use sockets::Sockets;
+pub use tasks::Tasks;
 pub use terminal::Terminal;
 pub use vm::Kernel;

@@ -5,8 +5,8 @@
 //! container sleeps. All of it is gone when the bench ends, however it ends.
 
 mod memory;
+mod phases;
 mod report;
-mod tasks;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -16,13 +16,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
-use kbp_tests::{Containerd, Generation, Network, Pod, Rootfs, Run, Runtime, Sandbox};
+use kbp_tests::{Containerd, Generation, Network, Pod, Rootfs, Run, Runtime, Sandbox, Tasks};
 use serde::Serialize;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use memory::Memory;
+use phases::Phases;
 use report::{Quantiles, Report, Scale};
-use tasks::{Phases, Tasks};
 
 /// As a shell has it for SIGINT.
 const INTERRUPTED: u8 = 130;
@@ -220,7 +220,8 @@ impl Bench<'_> {
                 self.goes_on(0)?;
                 let id = format!("{}{n}", arm.prefix());
                 self.make(arm, &id, pod, &["sleep", "100000"])?;
-                let pid = self.tasks.start(&id)?;
+                let pid = self.tasks.create(&id)?;
+                self.tasks.start(&id)?;
                 sleeping.push((arm, id, pid));
             }
         }
@@ -256,7 +257,7 @@ impl Bench<'_> {
                 let at = (round + turn) % took.len();
                 let (arm, took) = &mut took[at];
                 self.goes_on(0)?;
-                took.push(self.tasks.life(&format!("{}t", arm.prefix()))?);
+                took.push(Phases::of(&self.tasks, &format!("{}t", arm.prefix()))?);
             }
         }
         let ids = Arm::ALL.map(|arm| format!("{}t", arm.prefix()));

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::Arm;
 use crate::memory::Memory;
-use crate::tasks::Phases;
+use crate::phases::Phases;
 
 /// A figure's quantiles over some samples.
 #[derive(Debug, Clone, Serialize)]
