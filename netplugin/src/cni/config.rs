@@ -47,7 +47,8 @@ impl Config {
         Self::parse(raw, version)
     }
 
-    fn parse(raw: Vec<u8>, version: &mut Version) -> Result<Self> {
+    /// As [`Config::from_stdin`], with input from elsewhere.
+    pub(crate) fn parse(raw: Vec<u8>, version: &mut Version) -> Result<Self> {
         let decode = |msg| CniError::new(Code::DECODE, msg);
         let json: Value = serde_json::from_slice(&raw)
             .map_err(|error| decode(format!("the network config on stdin is not JSON: {error}")))?;

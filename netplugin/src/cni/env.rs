@@ -97,7 +97,8 @@ impl Call {
         }
     }
 
-    fn read(verb: Verb, variable: impl Fn(&str) -> Option<OsString>) -> Result<Self> {
+    /// As [`Call::from_environment`], with variables from elsewhere.
+    pub(crate) fn read(verb: Verb, variable: impl Fn(&str) -> Option<OsString>) -> Result<Self> {
         let value = |name: &str| variable(name).unwrap_or_default();
         let missing: Vec<_> = verb
             .required()
@@ -205,7 +206,8 @@ fn parse_args(text: &str) -> Result<Vec<(String, String)>> {
 mod tests {
     use super::*;
 
-    fn read(verb: Verb, variables: &[(&str, &str)]) -> Result<Call> {
+    /// As [`Call::from_environment`], with variables from elsewhere.
+    pub(crate) fn read(verb: Verb, variables: &[(&str, &str)]) -> Result<Call> {
         Call::read(verb, |name| {
             variables
                 .iter()

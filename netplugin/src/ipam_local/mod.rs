@@ -30,6 +30,12 @@ use crate::cni::ipam::{self, Lease, LeasedIp};
 /// The `ipam.type` that means this module.
 pub(crate) const TYPE: &str = "kbp-local";
 
+/// Refuses a config that is not valid; nothing is looked at beside it.
+pub(crate) fn validate(config: &Config, call: &Call) -> Result<()> {
+    config::data_dir(config)?;
+    Settings::read(config, call).map(drop)
+}
+
 /// The built-in IPAM for one call.
 #[derive(Debug)]
 pub(crate) struct LocalIpam<'a> {

@@ -59,7 +59,7 @@ fn judge(attachment: &Attachment, found: Vec<String>) -> Result<()> {
 }
 
 /// What a result says about our interface; other plugins of the chain may have added theirs.
-fn expected(
+pub(crate) fn expected(
     previous: &Map<String, Value>,
     attachment: &Attachment,
     mode: &Mode,

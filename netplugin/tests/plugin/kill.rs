@@ -2,41 +2,45 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
+use kbp_kernel::ethtool;
+use kbp_kernel::link::RouteSocket;
+use kbp_kernel::netns::Netns;
 use serde_json::{Value, json};
 
 use crate::lifecycle::with_result;
 use crate::local_ipam::{addresses, local, small};
+use crate::matrix::{reference, reference_config};
 use crate::node::{keeping, quiet};
+use crate::random::Random;
 use crate::world::{Pod, World, answer, environment, start};
 
 const PODS: usize = 6;
 
-/// Numbers that differ from run to run (xorshift64).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % end
+/// How many calls: a thousand in a soak.
+fn rounds(few: usize) -> usize {
+    match std::env::var_os("KBP_SOAK") {
+        Some(_) => 1000,
+        None => few,
     }
 }
 
 #[test]
 fn killed_at_any_point_it_leaves_nothing_that_gc_does_not_clear() {
-    let rounds = match std::env::var_os("KBP_SOAK") {
-        Some(_) => 1000,
-        None => 200,
-    };
-    let seed = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .expect("a clock")
-        .subsec_nanos();
-    println!("seed {seed}");
-    let mut random = Random(u64::from(seed) | 1 << 40);
+    killed(rounds(200), &json!({}));
+}
+
+#[test]
+fn killed_at_any_point_in_mode_bridge_it_leaves_nothing_that_gc_does_not_clear() {
+    killed(
+        rounds(100),
+        &json!({ "mode": "bridge", "isDefaultGateway": true, "hairpinMode": true }),
+    );
+}
+
+fn killed(rounds: usize, more: &Value) {
+    let mut random = Random::new();
 
     let world = World::new();
     world.set_sysctl("net/ipv4/ip_forward", "1");
@@ -47,7 +51,10 @@ fn killed_at_any_point_it_leaves_nothing_that_gc_does_not_clear() {
         [{ "subnet": "10.77.0.0/24", "rangeEnd": format!("10.77.0.{last}") }],
         [{ "subnet": "fd77::/64", "rangeEnd": format!("fd77::{last}") }],
     ]);
-    let config = local(&world, json!({ "ranges": ranges }));
+    let mut config = local(&world, json!({ "ranges": ranges }));
+    for (key, value) in more.as_object().expect("an object") {
+        config[key] = value.clone();
+    }
     let pods: Vec<_> = (0..PODS).map(|n| Pod::new(&format!("pod-{n}"))).collect();
     quiet(&world, "GC", &keeping(&config, &[]));
     // The nftables table comes with the first and stays with the last: before is after one of each.
@@ -135,6 +142,68 @@ fn an_add_that_was_killed_after_its_lease_can_be_repeated() {
     assert_eq!(world.leases(), ["10.77.0.2"]);
     world.quiet("DEL", &pod, &config);
     assert!(world.leases().is_empty());
+}
+
+/// What mode `tune` changes of an end.
+fn tunable(netns: &Netns, name: &str) -> (ethtool::Features, Option<String>, Option<String>) {
+    let mut route = RouteSocket::open_in(netns).expect("open a socket");
+    let link = route.link_by_name(name).expect("read").expect("the link");
+    let features = ethtool::features(netns, name).expect("features");
+    (features, link.alias, link.qdisc)
+}
+
+#[test]
+fn killed_at_any_point_in_mode_tune_del_puts_back_what_was() {
+    let mut random = Random::new();
+    let world = World::new();
+    let pod = Pod::new("pod-a");
+    let first = reference_config(&world, "1.0.0", "ptp", false);
+    let answer_of_ptp = reference(&world, "ptp", "ADD", &pod, &first);
+    assert!(answer_of_ptp.ok, "{answer_of_ptp:?}");
+    let result = serde_json::from_str::<Value>(&answer_of_ptp.stdout).expect("a result");
+    let host_end = result["interfaces"][0]["name"].as_str().expect("a name");
+    let ends = || (tunable(&world.host, host_end), tunable(&pod.netns, "eth0"));
+    let tune = json!({ "cniVersion": "1.0.0", "name": "kbptest", "type": "kbp", "mode": "tune" });
+    let tune = with_result(&tune, &result);
+    let before = ends();
+    let started = Instant::now();
+    world.add(&pod, &tune);
+    let add_takes = started.elapsed();
+    let tuned = ends();
+    assert_ne!(before, tuned);
+    world.quiet("DEL", &pod, &tune);
+    assert_eq!(ends(), before);
+
+    let rounds = rounds(100);
+    let mut killed = 0;
+    for round in 0..rounds {
+        for verb in ["ADD", "DEL"] {
+            let delay = add_takes.mul_f64(random.below(1000) as f64 / 1000.0);
+            let environment = environment(verb, &pod.id, &pod.path(), &world.cni_path());
+            let plugin = Path::new(env!("CARGO_BIN_EXE_kbp"));
+            let mut child = start(&world.host, plugin, &environment, &tune.to_string());
+            kill_after(&mut child, delay);
+            let answer = answer(child);
+            let said: Option<Value> = serde_json::from_str(&answer.stdout).ok();
+            assert!(
+                said.is_none_or(|said| said.get("code").is_none()),
+                "round {round}: it failed by itself: {answer:?}"
+            );
+            killed += usize::from(!answer.ok);
+        }
+        // What an ADD that was killed has left undone, the next one does, and DEL undoes both.
+        if random.below(2) == 0 {
+            world.add(&pod, &tune);
+            assert_eq!(ends(), tuned, "round {round}");
+        }
+        world.quiet("DEL", &pod, &tune);
+        assert_eq!(ends(), before, "round {round}");
+    }
+    println!("{killed} of {} calls were killed in time", 2 * rounds);
+    assert!(
+        killed > rounds / 5,
+        "only {killed} calls were killed in time"
+    );
 }
 
 /// Kills a process at that time, unless it ends before.

@@ -20,6 +20,7 @@
 //! | calls at once; unknown keys; runtimeConfig before args before CNI_ARGS | `parallel`, `contract::unknown_keys…`, unit tests of `cni::options` |
 //! | capabilities | `attach::an_address…`, `options::an_annotation…`, `contract::unknown_keys…` |
 //! | replacing the binary | `contract::the_binary…` |
+//! | random stdin and environment | `fuzz` |
 //! | a smaller MTU on the way | `contract::a_pod_of_another_plugin…`, `matrix`, `lifecycle::only_what_leaves…` |
 
 mod attach;
@@ -27,6 +28,7 @@ mod bridge;
 mod contract;
 mod examples;
 mod failure;
+mod fuzz;
 mod inject;
 mod input;
 mod kill;
@@ -37,6 +39,7 @@ mod node;
 mod options;
 mod parallel;
 mod pollable;
+mod random;
 mod traffic;
 mod tune;
 mod world;
