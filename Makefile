@@ -13,7 +13,7 @@ BINARIES := containerd-shim-kbp-v1 kbp-poller kbpctl
 CNI_PLUGINS := kbp
 CONFIG = $(shell find config -type f | sort)
 
-.PHONY: help build deps demo bench bench-cni bench-shim soak test test-kernels lint install uninstall clean needs-root
+.PHONY: help build deps demo bench bench-cni bench-shim bench-apps bench-window soak test test-kernels lint install uninstall clean needs-root
 .DEFAULT_GOAL := build
 
 help:
@@ -24,6 +24,8 @@ help:
 	@echo 'make bench-cni  ADD and DEL of the plugin against the reference plugins, under four minutes (root)'
 	@echo 'make bench-shim the shim against containerd'"'"'s: memory of a pod, time of a container, under five minutes (root)'
 	@echo 'make soak       containers without end, a quarter of an hour (root)'
+	@echo 'make bench-apps   real programs under the stock runtime and under kbp, about ten minutes (root)'
+	@echo 'make bench-window busy-poll windows over pauses between requests, about twenty minutes, resumable (root)'
 	@echo 'make test       every test, unit to end to end (root)'
 	@echo 'make test-kernels  kbp on stock kernels from 6.1 to 7, in emulated machines (root)'
 	@echo 'make lint       formatting, clippy, crates, shell scripts'
@@ -56,6 +58,12 @@ bench-shim: needs-root deps build
 soak: needs-root deps build
 	-@for suite in trixie forky; do tests/scripts/fetch-containerd $$suite $(CURDIR)/target; done
 	KBP_SOAK=1 KBP_BIN_DIR=$(CURDIR)/$(RELEASE) $(CARGO) test --locked --package kbp-tests --test soak --test growth
+
+bench-apps: needs-root deps build
+	$(RELEASE)/kbp-bench-apps $(BENCH_ARGS)
+
+bench-window: needs-root deps build
+	$(RELEASE)/kbp-bench-window $(BENCH_ARGS)
 
 # The end-to-end tests run the release binaries, which are what is installed; the tests themselves are built with unwinding and checks.
 # They also use the containerd packages and the kernels of other suites, unpacked beside the machine's own; without them the tests

@@ -1,0 +1,275 @@
+//! `kbp-bench-apps`: real programs in pairs of containers, under the stock runtime and under kbp, with 1 and with 50 clients.
+//!
+//! Both arms alternate within a round, on the same CPUs and under containerd's default seccomp profile. Medians over the rounds go to
+//! a table and to `result.json`.
+
+#[path = "../demo/cpu.rs"]
+mod cpu;
+#[path = "../demo/interrupt.rs"]
+mod interrupt;
+mod report;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use kbp_kernel::cpu::Topology;
+use kbp_tests::apps::{App, AppNode, AppPod, Figures, Guest, PORT};
+use kbp_tests::{Runtime, Sandbox, Settings};
+use serde::Serialize;
+
+use cpu::{Placement, Relation};
+use interrupt::Interrupt;
+
+/// As a shell has it for SIGINT.
+const INTERRUPTED: u8 = 130;
+/// Connections of the workload that makes a new one for each request.
+const CONNECTIONS: u32 = 10_000;
+/// Clients of the throughput figure.
+const MANY: u32 = 50;
+/// Before a measurement.
+const WARM: Duration = Duration::from_millis(300);
+
+/// Compares real programs under the stock runtime with the same programs under kbp.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Options {
+    /// Rounds; each measures every workload once under each arm. One takes about three minutes.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    rounds: u32,
+    /// Seconds of a measurement.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=20))]
+    seconds: u64,
+    /// Only workloads whose name contains this text.
+    #[arg(long, default_value = "")]
+    only: String,
+    /// Annotation of both kbp pods, e.g. kbp.io/busy-poll=50.
+    #[arg(long, value_parser = annotation)]
+    annotation: Vec<(String, String)>,
+    /// Directory for result.json.
+    #[arg(long, default_value = "target/bench-apps")]
+    out: PathBuf,
+}
+
+fn annotation(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("not KEY=VALUE")?;
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Workload {
+    /// A program with its load.
+    App(App),
+    /// Short connections, one after the other, to the static echo server.
+    ShortConnections,
+    /// System calls of a program that makes no socket.
+    NoSockets,
+}
+
+impl Workload {
+    fn all() -> Vec<Self> {
+        let apps = App::ALL.into_iter().map(Self::App);
+        apps.chain([Self::ShortConnections, Self::NoSockets])
+            .collect()
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::App(app) => app.name(),
+            Self::ShortConnections => "short-connections",
+            Self::NoSockets => "no-sockets",
+        }
+    }
+
+    fn clients(self) -> &'static [u32] {
+        match self {
+            Self::App(_) => &[1, MANY],
+            _ => &[1],
+        }
+    }
+}
+
+/// One measurement.
+#[derive(Debug, Clone, Copy, Serialize)]
+struct Sample {
+    #[serde(flatten)]
+    figures: Figures,
+    /// Busy seconds of all CPUs meanwhile, the start of the load included.
+    cpu_seconds: f64,
+}
+
+/// By workload, number of clients and arm (false: stock).
+type Results = BTreeMap<(Workload, u32, bool), Vec<Sample>>;
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let sandbox = match Sandbox::new() {
+        Ok(sandbox) => Arc::new(sandbox),
+        Err(error) => {
+            eprintln!("kbp-bench-apps: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let interrupt = Interrupt::guard(&sandbox);
+    let outcome = match &interrupt {
+        Ok(_) => run(&options, &sandbox),
+        Err(error) => Err(anyhow::anyhow!("{error:#}")),
+    };
+    sandbox.cleanup();
+    if interrupt.is_ok_and(|i| i.came()) {
+        return ExitCode::from(INTERRUPTED);
+    }
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("\nkbp-bench-apps: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options, sandbox: &Sandbox) -> Result<()> {
+    std::fs::create_dir_all(&options.out)
+        .with_context(|| format!("create {}", options.out.display()))?;
+    let topology = Topology::read()?;
+    let place = cpu::place(&topology)?;
+    let mut workloads = Workload::all();
+    workloads.retain(|w| w.name().contains(&options.only));
+    workloads.retain(|w| match w {
+        Workload::App(app) => match app.wanting() {
+            Some(reason) => {
+                eprintln!("{}: left out: {reason}", app.name());
+                false
+            }
+            None => true,
+        },
+        _ => true,
+    });
+    if workloads.is_empty() {
+        bail!("no workload's name contains {:?}", options.only);
+    }
+    let node = AppNode::start(sandbox, Settings::default())?;
+    let mut results = Results::new();
+    let mut busiest = 0.0f64;
+    for round in 1..=options.rounds {
+        busiest = busiest.max(cpu::other_work(topology.online.len())?);
+        for workload in &workloads {
+            // The arms take turns in who goes first, so that a drift of the machine favours neither.
+            for kbp in [round % 2 == 0, round % 2 == 1] {
+                let begin = Instant::now();
+                let samples = measure(options, &node, *workload, kbp, place)
+                    .with_context(|| format!("{} under {}", workload.name(), report::arm(kbp)))?;
+                eprintln!(
+                    "round {round} of {} · {} · {} · {:.1} s",
+                    options.rounds,
+                    workload.name(),
+                    report::arm(kbp),
+                    begin.elapsed().as_secs_f64()
+                );
+                for (clients, sample) in samples {
+                    results
+                        .entry((*workload, clients, kbp))
+                        .or_default()
+                        .push(sample);
+                }
+            }
+        }
+        // What is there after each round stays when a later one is broken off.
+        report::write_json(&options.out, &results)?;
+    }
+    println!("{}", report::table(&results));
+    let relation = match place.relation {
+        Relation::Cores => "different cores",
+        Relation::Threads => "two threads of one core",
+        Relation::Same => "the same CPU, for want of another",
+    };
+    println!(
+        "Medians of {} rounds of {} s; client on CPU {}, server on CPU {} ({relation}); other work took up to {:.0} % of the CPU time before a round.\nWritten: {}",
+        options.rounds,
+        options.seconds,
+        place.client,
+        place.server,
+        100.0 * busiest,
+        options.out.join("result.json").display()
+    );
+    Ok(())
+}
+
+/// Measures one workload under one arm, for each of its numbers of clients.
+fn measure(
+    options: &Options,
+    node: &AppNode<'_>,
+    workload: Workload,
+    kbp: bool,
+    place: Placement,
+) -> Result<Vec<(u32, Sample)>> {
+    let runtime = if kbp { Runtime::Kbp } else { Runtime::Stock };
+    let on = |cpu: kbp_kernel::CpuId| {
+        move |mut guest: Guest| {
+            guest.cpus = Some(cpu.to_string());
+            guest.annotations = options.annotation.clone();
+            guest
+        }
+    };
+    let server = match workload {
+        Workload::App(app) => Some(app.serve(node, runtime, on(place.server))?),
+        Workload::ShortConnections => Some(App::StaticC.serve(node, runtime, on(place.server))?),
+        Workload::NoSockets => None,
+    };
+    let client = node.pod(
+        runtime,
+        &on(place.client)(Guest::idle("client")),
+        |_| Ok(()),
+    )?;
+    let mut samples = Vec::new();
+    for clients in workload.clients() {
+        // What is measured must not be a start from cold.
+        one(workload, &client, server.as_ref(), *clients, WARM)?;
+        let length = Duration::from_secs(options.seconds);
+        samples.push((
+            *clients,
+            one(workload, &client, server.as_ref(), *clients, length)?,
+        ));
+    }
+    client.remove()?;
+    if let Some(server) = server {
+        server.remove()?;
+    }
+    Ok(samples)
+}
+
+fn one(
+    workload: Workload,
+    client: &AppPod<'_, '_>,
+    server: Option<&AppPod<'_, '_>>,
+    clients: u32,
+    length: Duration,
+) -> Result<Sample> {
+    let address = server.map_or("", AppPod::address);
+    let words = |text: String| text.split_whitespace().map(str::to_owned).collect();
+    let command: Vec<String> = match workload {
+        Workload::App(app) => app.load_command(address, clients, length)?,
+        Workload::ShortConnections => {
+            let count = if length > WARM { CONNECTIONS } else { 100 };
+            words(format!("/kbp/app-load connect {address}:{PORT} {count}"))
+        }
+        Workload::NoSockets => words(format!("/kbp/app-load syscalls {}", length.as_millis())),
+    };
+    let before = cpu::busy_seconds()?;
+    let output = client.exec(&command)?;
+    let cpu_seconds = cpu::busy_seconds()? - before;
+    let app = match workload {
+        Workload::App(app) => app,
+        _ => App::StaticC,
+    };
+    let figures = app.figures(&output.stdout, client.root())?;
+    Ok(Sample {
+        figures,
+        cpu_seconds,
+    })
+}

@@ -1,0 +1,155 @@
+//! The table and the JSON file.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+use crate::{MANY, Results, Sample, Workload};
+
+/// Name of an arm.
+pub(crate) fn arm(kbp: bool) -> &'static str {
+    if kbp { "kbp" } else { "stock" }
+}
+
+/// Medians of one arm.
+#[derive(Debug, Clone, Copy, Serialize)]
+struct Medians {
+    p50_us: f64,
+    p99_us: f64,
+    per_second: f64,
+    cpu_us_per_answer: f64,
+}
+
+/// A row of `result.json`.
+#[derive(Debug, Serialize)]
+struct Row<'a> {
+    workload: &'static str,
+    clients: u32,
+    arm: &'static str,
+    median: Medians,
+    rounds: &'a [Sample],
+}
+
+fn median(samples: &[Sample], of: impl Fn(&Sample) -> f64) -> f64 {
+    let mut values: Vec<f64> = samples.iter().map(of).collect();
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => f64::NAN,
+        n if n % 2 == 1 => values[middle],
+        _ => (values[middle - 1] + values[middle]) / 2.0,
+    }
+}
+
+fn medians(samples: &[Sample]) -> Medians {
+    Medians {
+        p50_us: median(samples, |s| s.figures.p50_us),
+        p99_us: median(samples, |s| s.figures.p99_us),
+        per_second: median(samples, |s| s.figures.per_second),
+        cpu_us_per_answer: median(samples, |s| {
+            1e6 * s.cpu_seconds / s.figures.samples.max(1) as f64
+        }),
+    }
+}
+
+/// Writes `result.json`: medians and every round.
+pub(crate) fn write_json(directory: &Path, results: &Results) -> Result<()> {
+    let rows: Vec<Row<'_>> = results
+        .iter()
+        .map(|((workload, clients, kbp), samples)| Row {
+            workload: workload.name(),
+            clients: *clients,
+            arm: arm(*kbp),
+            median: medians(samples),
+            rounds: samples,
+        })
+        .collect();
+    let path = directory.join("result.json");
+    let text = serde_json::to_string_pretty(&rows).context("write JSON")? + "\n";
+    std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))
+}
+
+/// What is promised of a workload: whether it is kept, by its ratios kbp / stock.
+fn verdict(workload: Workload, clients: u32, p50: f64, p99: f64, rate: f64) -> String {
+    let (promise, kept) = match (workload, clients) {
+        (Workload::App(_), MANY) => ("rate ≥ 1.00", rate >= 1.0),
+        (Workload::App(_), _) => ("p50 ≤ 0.35, p99 ≤ 0.60", p50 <= 0.35 && p99 <= 0.6),
+        (Workload::ShortConnections, _) => ("rate ≥ 0.90", rate >= 0.9),
+        (Workload::NoSockets, _) => ("p50 ≤ 1.02", p50 <= 1.02),
+    };
+    format!("{} ({promise})", if kept { "kept" } else { "NOT kept" })
+}
+
+/// A row a workload and number of clients, both arms side by side.
+pub(crate) fn table(results: &Results) -> String {
+    let mut text = String::from(
+        "| workload | clients | p50 µs stock → kbp | ratio | p99 µs stock → kbp | ratio | answers/s stock → kbp | ratio | CPU µs/answer stock → kbp | promise |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---|\n",
+    );
+    for ((workload, clients, kbp), samples) in results {
+        let Some(stock) = results.get(&(*workload, *clients, false)).filter(|_| *kbp) else {
+            continue;
+        };
+        let (s, k) = (medians(stock), medians(samples));
+        let (p50, p99) = (k.p50_us / s.p50_us, k.p99_us / s.p99_us);
+        let rate = k.per_second / s.per_second;
+        // Writing to a String cannot fail.
+        let _ = writeln!(
+            text,
+            "| {} | {clients} | {:.1} → {:.1} | {p50:.2} | {:.1} → {:.1} | {p99:.2} | {:.0} → {:.0} | {rate:.2} | {:.1} → {:.1} | {} |",
+            workload.name(),
+            s.p50_us,
+            k.p50_us,
+            s.p99_us,
+            k.p99_us,
+            s.per_second,
+            k.per_second,
+            s.cpu_us_per_answer,
+            k.cpu_us_per_answer,
+            verdict(*workload, *clients, p50, p99, rate),
+        );
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use kbp_tests::apps::{App, Figures};
+
+    use super::*;
+
+    fn sample(p50_us: f64, per_second: f64) -> Sample {
+        Sample {
+            figures: Figures {
+                samples: 100,
+                per_second,
+                p50_us,
+                p99_us: 2.0 * p50_us,
+            },
+            cpu_seconds: 1.0,
+        }
+    }
+
+    #[test]
+    fn the_table_has_ratios_of_medians_and_what_is_kept() {
+        let redis = Workload::App(App::Redis);
+        let mut results = Results::new();
+        results.insert((redis, 1, false), vec![sample(100.0, 10.0)]);
+        results.insert(
+            (redis, 1, true),
+            vec![sample(30.0, 20.0), sample(900.0, 20.0), sample(20.0, 20.0)],
+        );
+        results.insert((redis, MANY, false), vec![sample(100.0, 10.0)]);
+        results.insert((redis, MANY, true), vec![sample(100.0, 9.0)]);
+        let text = table(&results);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 4, "{text}");
+        assert!(
+            lines[2].contains("| redis | 1 | 100.0 → 30.0 | 0.30 |"),
+            "{text}"
+        );
+        assert!(lines[2].contains("| kept (p50"), "{text}");
+        assert!(lines[3].contains("NOT kept (rate"), "{text}");
+    }
+}

@@ -1,0 +1,304 @@
+//! `kbp-bench-window`: what a busy-poll window is worth, and whom it hurts, over the pauses between requests.
+//!
+//! A UDP echo server on epoll and a blocking client, each in a pod, with pauses from 0 to 10 ms, in five situations: CPUs of their own,
+//! shared CPUs, one CPU for both, a server under a CPU quota, and a stock pair whose CPUs such a pair uses as well. The arms are the
+//! stock runtime and kbp with each window. Every measurement is kept in `raw.jsonl` at once, and what is there is not measured again: a
+//! run that was broken off goes on where it was.
+
+#[path = "../demo/cpu.rs"]
+mod cpu;
+#[path = "../demo/interrupt.rs"]
+mod interrupt;
+mod plot;
+mod record;
+mod report;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use kbp_kernel::CpuId;
+use kbp_kernel::cpu::Topology;
+use kbp_tests::apps::{AppNode, AppPod, Guest};
+use kbp_tests::{Runtime, Sandbox, Settings};
+use serde_json::Value;
+
+use interrupt::Interrupt;
+use record::{Key, Record, Records, Situation};
+
+/// As a shell has it for SIGINT.
+const INTERRUPTED: u8 = 130;
+const PORT: u16 = 7;
+/// The name of the arm without kbp.
+const STOCK: &str = "stock";
+
+/// Measures busy-poll windows over pauses between requests.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Options {
+    /// Rounds; with the defaults one takes about six minutes.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    rounds: u32,
+    /// Seconds of a measurement.
+    #[arg(long, default_value_t = 1.0)]
+    seconds: f64,
+    /// Pauses between an answer and the next request, in µs.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "0,50,200,1000,5000,10000"
+    )]
+    gaps: Vec<u32>,
+    /// Arms: stock, and values of kbp.io/busy-poll.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "stock,off,10,20,50,100,200,auto"
+    )]
+    windows: Vec<String>,
+    /// Values of kbp.io/worker.
+    #[arg(long, value_delimiter = ',', default_value = "none")]
+    workers: Vec<String>,
+    /// Other annotations of the kbp pods, KEY=VALUE.
+    #[arg(long)]
+    annotation: Vec<String>,
+    /// Situations: own, shared, one-cpu, quota, neighbour.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "own,shared,one-cpu,quota,neighbour"
+    )]
+    situations: Vec<Situation>,
+    /// Directory for raw.jsonl, result.json and the curves.
+    #[arg(long, default_value = "target/bench-window")]
+    out: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let sandbox = match Sandbox::new() {
+        Ok(sandbox) => Arc::new(sandbox),
+        Err(error) => {
+            eprintln!("kbp-bench-window: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let interrupt = Interrupt::guard(&sandbox);
+    let outcome = match &interrupt {
+        Ok(_) => run(&options, &sandbox),
+        Err(error) => Err(anyhow::anyhow!("{error:#}")),
+    };
+    sandbox.cleanup();
+    if interrupt.is_ok_and(|i| i.came()) {
+        return ExitCode::from(INTERRUPTED);
+    }
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("\nkbp-bench-window: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options, sandbox: &Sandbox) -> Result<()> {
+    let mut records = Records::open(&options.out)?;
+    let topology = Topology::read()?;
+    let place = cpu::place(&topology)?;
+    let busy = cpu::other_work(topology.online.len())?;
+    let node = AppNode::start(sandbox, Settings::default())?;
+    let bench = Bench {
+        options,
+        node: &node,
+        cpus: [place.client, place.server],
+    };
+    for round in 1..=options.rounds {
+        for situation in &options.situations {
+            for worker in &options.workers {
+                // Every other round backwards, so that a drift of the machine favours no window.
+                let mut windows: Vec<&String> = options.windows.iter().collect();
+                if round % 2 == 0 {
+                    windows.reverse();
+                }
+                for window in windows {
+                    let worker = if window == STOCK { "none" } else { worker };
+                    bench
+                        .arm(&mut records, round, *situation, window, worker)
+                        .with_context(|| format!("{} with window {window}", situation.name()))?;
+                }
+            }
+        }
+    }
+    let tables = report::tables(&records);
+    println!("{tables}");
+    report::write_json(&options.out, &records)?;
+    plot::write(&options.out, &records)?;
+    println!(
+        "Medians over the rounds; client on CPU {}, server on CPU {} where pinned ({:?}); other work took {:.0} % of the CPU time before the start.\nWritten: raw.jsonl, result.json, window.svg and window.png in {}",
+        place.client,
+        place.server,
+        place.relation,
+        100.0 * busy,
+        options.out.display()
+    );
+    Ok(())
+}
+
+struct Bench<'a, 's> {
+    options: &'a Options,
+    node: &'a AppNode<'s>,
+    cpus: [CpuId; 2],
+}
+
+/// Two pods of one arm that talk to each other.
+struct Pair<'n, 's> {
+    server: AppPod<'n, 's>,
+    client: AppPod<'n, 's>,
+}
+
+impl<'s> Bench<'_, 's> {
+    /// Measures what is not there yet of one arm in one situation.
+    fn arm(
+        &self,
+        records: &mut Records,
+        round: u32,
+        situation: Situation,
+        window: &str,
+        worker: &str,
+    ) -> Result<()> {
+        let key = |gap: u32| Key {
+            situation,
+            window: window.to_owned(),
+            worker: worker.to_owned(),
+            gap_us: gap,
+            round,
+        };
+        let gaps: Vec<u32> = situation.gaps(&self.options.gaps);
+        let wanting: Vec<u32> = gaps
+            .into_iter()
+            .filter(|gap| !records.has(&key(*gap)))
+            .collect();
+        if wanting.is_empty() {
+            return Ok(());
+        }
+        let begin = Instant::now();
+        let pair = self.pair("", situation, window, worker)?;
+        // In this one a stock pair is measured, and the arm's own pair is what disturbs it.
+        let measured = match situation {
+            Situation::Neighbour => Some(self.pair("stock-", situation, STOCK, "none")?),
+            _ => None,
+        };
+        for gap in &wanting {
+            let record = match &measured {
+                None => pair.measure(key(*gap), *gap, self.options.seconds)?,
+                Some(stock) => {
+                    let seconds = self.options.seconds + 1.0;
+                    let mut noise = pair
+                        .client
+                        .exec_start(&format!("noise-{gap}"), &pair.load(*gap, seconds))?;
+                    let record = stock.measure(key(*gap), 200, self.options.seconds)?;
+                    let limit = Duration::from_secs_f64(seconds + 20.0);
+                    noise.wait(limit).context("end of the noise")?.success()?;
+                    record
+                }
+            };
+            records.add(record)?;
+        }
+        for pair in [Some(pair), measured].into_iter().flatten() {
+            pair.client.remove()?;
+            pair.server.remove()?;
+        }
+        eprintln!(
+            "round {round} of {} · {} · window {window} · worker {worker} · {} pauses · {:.1} s",
+            self.options.rounds,
+            situation.name(),
+            wanting.len(),
+            begin.elapsed().as_secs_f64()
+        );
+        Ok(())
+    }
+
+    fn pair(
+        &self,
+        prefix: &str,
+        situation: Situation,
+        window: &str,
+        worker: &str,
+    ) -> Result<Pair<'_, 's>> {
+        let runtime = if window == STOCK {
+            Runtime::Stock
+        } else {
+            Runtime::Kbp
+        };
+        let [client_cpu, server_cpu] = self.cpus;
+        let shape = |id: &str, command: &[&str], cpu: CpuId| {
+            let mut guest = Guest::new(&format!("{prefix}{id}"), command.iter().copied());
+            guest.cpus = match situation {
+                Situation::Shared => None,
+                Situation::OneCpu => Some(client_cpu.to_string()),
+                _ => Some(cpu.to_string()),
+            };
+            if situation == Situation::Quota && id == "server" {
+                guest.quota = Some(0.5);
+            }
+            if runtime == Runtime::Kbp {
+                guest = guest
+                    .annotation("kbp.io/busy-poll", window)
+                    .annotation("kbp.io/worker", worker);
+                for (key, value) in self
+                    .options
+                    .annotation
+                    .iter()
+                    .filter_map(|a| a.split_once('='))
+                {
+                    guest = guest.annotation(key, value);
+                }
+            }
+            guest
+        };
+        let server = shape("server", &["/kbp/udp-echo", "0.0.0.0:7"], server_cpu);
+        let server = self.node.pod(runtime, &server, |_| Ok(()))?;
+        server.wait_for_port(PORT)?;
+        let client = shape("client", &["sleep", "infinity"], client_cpu);
+        let client = self.node.pod(runtime, &client, |_| Ok(()))?;
+        Ok(Pair { server, client })
+    }
+}
+
+impl Pair<'_, '_> {
+    fn load(&self, gap: u32, seconds: f64) -> Vec<String> {
+        let text = format!(
+            "/kbp/udp-rr {}:{PORT} {seconds} 64 {gap}",
+            self.server.address()
+        );
+        text.split_whitespace().map(str::to_owned).collect()
+    }
+
+    fn measure(&self, key: Key, gap: u32, seconds: f64) -> Result<Record> {
+        let server = self.server.pid()?;
+        let throttled = record::throttled(server);
+        let busy = cpu::busy_seconds()?;
+        let output = self.client.exec(&self.load(gap, seconds))?;
+        let cpu_seconds = cpu::busy_seconds()? - busy;
+        let value: Value = serde_json::from_str(output.stdout.trim())
+            .with_context(|| format!("read what udp-rr printed: {output}"))?;
+        let number = |name: &str| {
+            value[name]
+                .as_f64()
+                .with_context(|| format!("udp-rr printed no {name}"))
+        };
+        Ok(Record {
+            key,
+            p50_us: number("p50_us")?,
+            p99_us: number("p99_us")?,
+            p99_9_us: number("p99_9_us")?,
+            samples: number("samples")? as u64,
+            lost: number("lost")? as u64,
+            throttled_periods: record::throttled(server).saturating_sub(throttled),
+            cpu_seconds,
+        })
+    }
+}
