@@ -2,9 +2,13 @@
 
 use std::io::Error as IoError;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::Duration;
 
 use crate::sys::check;
 use crate::{Error, Result};
+
+/// Room for a struct seccomp_notif without the heap, in 64-bit words; today's kernels fill 10.
+const USUAL_WORDS: usize = 32;
 
 /// SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP (include/uapi/linux/seccomp.h).
 const SYNC_WAKE_UP: u64 = 1;
@@ -115,8 +119,16 @@ impl Listener {
                 Received::Gone
             });
         }
-        // Zeroed, or the kernel refuses it (EINVAL).
-        let mut buffer = vec![0u64; self.words];
+        // Zeroed, or the kernel refuses it (EINVAL). A call waits while this runs, so the heap is for kernels to come.
+        let mut usual = [0u64; USUAL_WORDS];
+        let mut large = Vec::new();
+        let buffer = match usual.get_mut(..self.words) {
+            Some(buffer) => buffer,
+            None => {
+                large.resize(self.words, 0u64);
+                &mut large[..]
+            }
+        };
         // SAFETY: the buffer has room for the kernel's struct seccomp_notif and is aligned for it.
         let answer = unsafe {
             libc::ioctl(
@@ -234,6 +246,51 @@ fn gone_is_fine<T>(answer: Result<T>) -> Result<()> {
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+/// Descriptors that are waited for together (poll(2)). It is filled anew for each wait and keeps its memory, so that a wait
+/// allocates nothing once it has grown.
+///
+/// Why not epoll: a synchronous wake-up ([`Listener::wakes_synchronously`]) hands the caller's CPU to a thread in poll, but to a thread
+/// in epoll_wait it gets through only as a hint (ep_poll_callback, fs/eventpoll.c). Scanning some dozens of descriptors is far
+/// cheaper than a trip over another CPU.
+#[derive(Debug, Default)]
+pub struct WaitSet {
+    fds: Vec<libc::pollfd>,
+}
+
+impl WaitSet {
+    /// Empties it.
+    pub fn clear(&mut self) {
+        self.fds.clear();
+    }
+
+    /// Adds a descriptor and returns its place. With `reads` it is waited for until there is something to read, else only for its end.
+    /// One that is closed before the wait counts as ended.
+    pub fn add(&mut self, fd: BorrowedFd<'_>, reads: bool) -> usize {
+        self.fds.push(libc::pollfd {
+            fd: fd.as_raw_fd(),
+            events: if reads { libc::POLLIN } else { 0 },
+            revents: 0,
+        });
+        self.fds.len() - 1
+    }
+
+    /// Waits until one of them has something to say, for at most `timeout` (rounded up to milliseconds; None: for ever); how many have.
+    pub fn wait(&mut self, timeout: Option<Duration>) -> Result<usize> {
+        let timeout = timeout.map_or(-1, |t| {
+            i32::try_from(t.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+        });
+        let count = self.fds.len() as libc::nfds_t;
+        // SAFETY: the vector has `count` initialised pollfds and is not touched during the call.
+        let ready = unsafe { libc::poll(self.fds.as_mut_ptr(), count, timeout) };
+        check(ready, || format!("wait for {count} descriptors")).map(|ready| ready as usize)
+    }
+
+    /// Whether the descriptor at `place` has something to say after a wait: input, its end or an error.
+    pub fn is_ready(&self, place: usize) -> bool {
+        self.fds.get(place).is_some_and(|fd| fd.revents != 0)
     }
 }
 

@@ -1,14 +1,18 @@
 //! The thread that waits for connections of the runtime and for trapped calls.
+//!
+//! A call of an unmodified program waits while this runs, so nothing on its way is allocated. The first listeners are waited for
+//! directly, which is what a synchronous wake-up needs; the others, of a pod with a great many processes of their own, together.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kbp_kernel::notify::{Listener, Received};
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use kbp_kernel::notify::{Listener, Received, WaitSet};
+use nix::libc::EINTR;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::EventFd;
 
 use super::answer::{Node, answer};
@@ -21,6 +25,10 @@ const MAX_HANDSHAKES: usize = 64;
 const MESSAGE_TIME: Duration = Duration::from_secs(5);
 /// Failed receives in a row after which a listener is given up: it would make the thread spin.
 const MAX_FAILURES: u32 = 16;
+/// Listeners that are waited for directly: scanning them costs a microsecond or two a call.
+const MAX_NEAR: usize = 64;
+/// Calls of the other listeners that are answered in one round.
+const FAR_BATCH: usize = 32;
 /// Pause after the socket refused an accept for want of memory or descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -29,8 +37,11 @@ pub(super) struct Supervisor {
     stop: Arc<EventFd>,
     shared: Arc<Shared>,
     node: Node,
+    waits: WaitSet,
     handshakes: Vec<Handshake>,
-    supervised: Vec<Supervised>,
+    near: Vec<Supervised>,
+    /// None until it is needed.
+    far: Option<Far>,
     /// Until when no connection is accepted.
     accept_after: Option<Instant>,
 }
@@ -41,13 +52,23 @@ struct Supervised {
     failures: u32,
 }
 
-/// Which descriptors have something to say.
-#[derive(Debug, Default)]
-struct Ready {
-    stop: bool,
-    socket: bool,
-    handshakes: Vec<bool>,
-    supervised: Vec<bool>,
+/// Listeners beyond [`MAX_NEAR`], behind one descriptor.
+struct Far {
+    epoll: Epoll,
+    listeners: BTreeMap<u64, Supervised>,
+    next: u64,
+    events: [EpollEvent; FAR_BATCH],
+}
+
+/// Places in the set of what is waited for.
+struct Places {
+    stop: usize,
+    socket: usize,
+    /// The first of the handshakes.
+    handshakes: usize,
+    /// The first of the near listeners.
+    near: usize,
+    far: Option<usize>,
 }
 
 impl Supervisor {
@@ -57,28 +78,33 @@ impl Supervisor {
             stop,
             shared,
             node: Node::read(),
+            waits: WaitSet::default(),
             handshakes: Vec::new(),
-            supervised: Vec::new(),
+            near: Vec::new(),
+            far: None,
             accept_after: None,
         }
     }
 
     pub(super) fn run(mut self) {
         loop {
-            let ready = self.wait();
-            if ready.stop {
+            let Some(places) = self.wait() else {
+                continue;
+            };
+            if self.waits.is_ready(places.stop) {
                 return;
             }
             // Calls first: somebody waits for each of them.
-            self.serve(&ready.supervised);
-            self.advance(&ready.handshakes);
-            if ready.socket {
+            self.serve(&places);
+            self.advance(places.handshakes);
+            if self.waits.is_ready(places.socket) {
                 self.accept();
             }
         }
     }
 
-    fn wait(&mut self) -> Ready {
+    /// Waits until somebody has something to say; None: nobody has.
+    fn wait(&mut self) -> Option<Places> {
         let now = Instant::now();
         self.accept_after = self.accept_after.filter(|until| *until > now);
         let deadline = self
@@ -87,99 +113,84 @@ impl Supervisor {
             .filter_map(|h| h.started.map(|s| s + MESSAGE_TIME))
             .chain(self.accept_after)
             .min();
-        let timeout = match deadline {
-            None => PollTimeout::NONE,
-            Some(until) => {
-                // Rounded up, so that it is over when poll returns.
-                let left = until.saturating_duration_since(now) + Duration::from_millis(1);
-                PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
-            }
+        self.waits.clear();
+        let stop = self.waits.add(self.stop.as_fd(), true);
+        let socket = self
+            .waits
+            .add(self.socket.as_fd(), self.accept_after.is_none());
+        for handshake in &self.handshakes {
+            self.waits.add(handshake.as_fd(), true);
+        }
+        for supervised in &self.near {
+            self.waits.add(supervised.listener.as_fd(), true);
+        }
+        let places = Places {
+            stop,
+            socket,
+            handshakes: socket + 1,
+            near: socket + 1 + self.handshakes.len(),
+            far: self
+                .far
+                .as_ref()
+                .map(|far| self.waits.add(far.epoll.0.as_fd(), true)),
         };
-        let accepts = if self.accept_after.is_none() {
-            PollFlags::POLLIN
-        } else {
-            PollFlags::empty()
-        };
-        let mut fds = vec![
-            PollFd::new(self.stop.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.socket.as_fd(), accepts),
-        ];
-        fds.extend(
-            self.handshakes
-                .iter()
-                .map(|h| PollFd::new(h.as_fd(), PollFlags::POLLIN)),
-        );
-        fds.extend(
-            self.supervised
-                .iter()
-                .map(|s| PollFd::new(s.listener.as_fd(), PollFlags::POLLIN)),
-        );
-        match poll(&mut fds, timeout) {
-            Ok(_) => {}
-            Err(Errno::EINTR) => return Ready::default(),
+        match self
+            .waits
+            .wait(deadline.map(|until| until.saturating_duration_since(now)))
+        {
+            Ok(_) => Some(places),
+            Err(error) if error.errno() == Some(EINTR) => None,
             Err(_) => {
                 // Only want of memory is left (poll(2)); the calls wait a moment longer.
                 std::thread::sleep(Duration::from_millis(1));
-                return Ready::default();
+                None
             }
-        }
-        // A hang-up or an error is something to say, too.
-        let mut said = fds.iter().map(|fd| fd.any().unwrap_or(true));
-        let stop = said.next().unwrap_or(true);
-        let socket = said.next().unwrap_or(false);
-        Ready {
-            stop,
-            socket,
-            handshakes: said.by_ref().take(self.handshakes.len()).collect(),
-            supervised: said.collect(),
         }
     }
 
     /// Answers one call of each listener that has one, and drops those that nobody uses any more.
-    fn serve(&mut self, ready: &[bool]) {
-        let (node, shared) = (self.node, &self.shared);
-        let mut ready = ready.iter();
-        self.supervised.retain_mut(|supervised| {
-            if ready.next() != Some(&true) {
-                return true;
-            }
-            match supervised.listener.receive() {
-                Ok(Received::Call(call)) => {
-                    answer(
-                        node,
-                        &supervised.listener,
-                        &call,
-                        &supervised.container,
-                        shared,
-                    );
-                    supervised.failures = 0;
-                    true
-                }
-                Ok(Received::Gone) => true,
-                Ok(Received::Closed) => false,
-                Err(error) => {
-                    supervised.failures += 1;
-                    let keep = supervised.failures < MAX_FAILURES;
-                    if !keep {
-                        shared.tell(Event::Refused(format!(
-                            "the listener of container {} any longer: {error}",
-                            supervised.container.id
-                        )));
-                    }
-                    keep
-                }
-            }
+    fn serve(&mut self, places: &Places) {
+        let (node, shared, waits) = (self.node, &self.shared, &self.waits);
+        let mut place = places.near;
+        self.near.retain_mut(|supervised| {
+            place += 1;
+            !waits.is_ready(place - 1) || supervised.serve(node, shared)
         });
+        if places.far.is_some_and(|place| waits.is_ready(place))
+            && let Some(far) = &mut self.far
+        {
+            far.serve(node, shared);
+        }
     }
 
-    fn advance(&mut self, ready: &[bool]) {
-        let (shared, supervised) = (&self.shared, &mut self.supervised);
+    /// Takes a listener over: near while there is room.
+    fn supervise(&mut self, supervised: Supervised) {
+        if self.near.len() < MAX_NEAR {
+            self.near.push(supervised);
+            return;
+        }
+        if self.far.is_none() {
+            self.far = Far::new();
+        }
+        let left = match &mut self.far {
+            Some(far) => far.take(supervised),
+            None => Some(supervised),
+        };
+        // Slower than it should be, but answered.
+        self.near.extend(left);
+    }
+
+    fn advance(&mut self, first: usize) {
+        let (shared, waits) = (&self.shared, &self.waits);
         let now = Instant::now();
-        let mut ready = ready.iter();
+        let mut place = first;
+        // Allocates only when there is one.
+        let mut done = Vec::new();
         self.handshakes.retain_mut(|handshake| {
-            let progress = match ready.next() {
-                Some(true) => handshake.advance(shared),
-                _ => Progress::Waiting,
+            place += 1;
+            let progress = match waits.is_ready(place - 1) {
+                true => handshake.advance(shared),
+                false => Progress::Waiting,
             };
             match progress {
                 Progress::Waiting => {
@@ -204,7 +215,7 @@ impl Supervisor {
                         container: accepted.container.id.clone(),
                         pid: accepted.pid,
                     });
-                    supervised.push(Supervised {
+                    done.push(Supervised {
                         listener: accepted.listener,
                         container: accepted.container,
                         failures: 0,
@@ -213,6 +224,9 @@ impl Supervisor {
                 }
             }
         });
+        for supervised in done {
+            self.supervise(supervised);
+        }
     }
 
     fn accept(&mut self) {
@@ -242,6 +256,73 @@ impl Supervisor {
                     self.handshakes.push(handshake);
                 }
                 Err(reason) => self.shared.tell(Event::Refused(reason)),
+            }
+        }
+    }
+}
+
+impl Supervised {
+    /// Answers a call, when there is one; false when nobody uses the filter any more.
+    fn serve(&mut self, node: Node, shared: &Shared) -> bool {
+        match self.listener.receive() {
+            Ok(Received::Call(call)) => {
+                answer(node, &self.listener, &call, &self.container, shared);
+                self.failures = 0;
+                true
+            }
+            Ok(Received::Gone) => true,
+            Ok(Received::Closed) => false,
+            Err(error) => {
+                self.failures += 1;
+                let keep = self.failures < MAX_FAILURES;
+                if !keep {
+                    shared.tell(Event::Refused(format!(
+                        "the listener of container {} any longer: {error}",
+                        self.container.id
+                    )));
+                }
+                keep
+            }
+        }
+    }
+}
+
+impl Far {
+    fn new() -> Option<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).ok()?;
+        Some(Self {
+            epoll,
+            listeners: BTreeMap::new(),
+            next: 0,
+            events: [EpollEvent::empty(); FAR_BATCH],
+        })
+    }
+
+    /// Takes a listener; gives it back when it cannot be waited for here.
+    fn take(&mut self, supervised: Supervised) -> Option<Supervised> {
+        let event = EpollEvent::new(EpollFlags::EPOLLIN, self.next);
+        if self.epoll.add(supervised.listener.as_fd(), event).is_err() {
+            return Some(supervised);
+        }
+        self.listeners.insert(self.next, supervised);
+        self.next += 1;
+        None
+    }
+
+    fn serve(&mut self, node: Node, shared: &Shared) {
+        // Nothing to be read is an interruption: the next round asks again.
+        let count = self
+            .epoll
+            .wait(&mut self.events, EpollTimeout::ZERO)
+            .unwrap_or(0);
+        for event in &self.events[..count] {
+            let keep = self
+                .listeners
+                .get_mut(&event.data())
+                .is_some_and(|supervised| supervised.serve(node, shared));
+            if !keep {
+                // Closing it takes it out of the epoll instance as well.
+                self.listeners.remove(&event.data());
             }
         }
     }
