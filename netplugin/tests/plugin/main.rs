@@ -20,6 +20,7 @@
 //! | calls at once; unknown keys; runtimeConfig before args before CNI_ARGS | `parallel`, `contract::unknown_keys…`, unit tests of `cni::options` |
 //! | capabilities | `attach::an_address…`, `options::an_annotation…`, `contract::unknown_keys…` |
 //! | replacing the binary | `contract::the_binary…` |
+//! | libcni: lists, cached results, changed configs, drop-in files | `libcni` (with Go) |
 //! | random stdin and environment | `fuzz` |
 //! | a smaller MTU on the way | `contract::a_pod_of_another_plugin…`, `matrix`, `lifecycle::only_what_leaves…` |
 
@@ -32,6 +33,7 @@ mod fuzz;
 mod inject;
 mod input;
 mod kill;
+mod libcni;
 mod lifecycle;
 mod local_ipam;
 mod matrix;
