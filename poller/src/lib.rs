@@ -2,13 +2,14 @@
 //!
 //! [`policy`] says what a pod asked for, [`config`] what the node allows, [`endpoint`] finds the pod's veth from both sides,
 //! [`tune`] sets it up, [`claim`] hands out CPUs, [`place`] decides where a worker goes, [`worker`] polls, [`engine`] keeps every pod of a
-//! process and the leases of its workers at the [`pace`] of the traffic, [`attach`] puts these together, [`api`] and [`client`] reach the node's daemon, and [`state`] tells the world what the [`record`] holds.
+//! process and the leases of its workers at the [`pace`] of the traffic, [`attach`] puts these together, [`api`] and [`client`] reach the node's [`daemon`], and [`state`] tells the world what the [`record`] holds.
 
 pub mod api;
 pub mod attach;
 pub mod claim;
 pub mod client;
 pub mod config;
+pub mod daemon;
 pub mod endpoint;
 pub mod engine;
 pub mod error;

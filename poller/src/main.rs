@@ -1,6 +1,8 @@
-//! `kbp-poller`: attaches a kernel worker to the veth of a namespace that no kbp shim manages, in the foreground.
+//! `kbp-poller`: the node's daemon, and a tool that attaches a kernel worker to the veth of a namespace that no kbp shim manages,
+//! in the foreground.
 
 use std::io::Write;
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -10,6 +12,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use kbp_kernel::netns::Netns;
 use kbp_poller::attach::{AttachRequest, Attachment, Outcome, Terms};
 use kbp_poller::config::Config;
+use kbp_poller::daemon::{self, Inherited};
 use kbp_poller::engine::Engine;
 use kbp_poller::error::one_line;
 use kbp_poller::policy::{Layer, Policy, Profile, WorkerPolicy};
@@ -20,10 +23,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-/// Polls the veth of a network namespace in the kernel.
+/// Polls the veths of pods in the kernel.
 ///
-/// Pods that run with io.containerd.kbp.v1 need none of this: their shim does it. This is for pods of other runtimes.
-/// There is no node-wide daemon and no API in this version; each attachment is a process in the foreground.
+/// Pods that run with io.containerd.kbp.v1 need none of this: their shims do it. `serve` does it for all pods of the node
+/// together; `attach` is for a pod of another runtime.
 #[derive(Debug, Parser)]
 #[command(name = "kbp-poller", version, about, max_term_width = 100)]
 struct Cli {
@@ -41,6 +44,20 @@ enum Command {
     /// The sockets of the pod are not touched: without a shim nobody can set SO_BUSY_POLL for them, so what is polled is
     /// the way from the pod to the host.
     Attach(AttachArgs),
+    /// Serves the pods of this node until SIGINT or SIGTERM: shared workers, one thread for all, metrics.
+    ///
+    /// Shims find it by its socket in the state directory and hand their pods over; when it ends, they poll for themselves again.
+    Serve(ServeArgs),
+}
+
+#[derive(Debug, Args)]
+struct ServeArgs {
+    /// Config file [default: $KBP_CONFIG, else /etc/kbp/config.toml].
+    #[arg(long, value_name = "PATH")]
+    config: Option<PathBuf>,
+    /// Serves the metrics on this loopback address, too: 127.0.0.1:9469, say. They are always on STATE-DIR/metrics.sock.
+    #[arg(long, value_name = "ADDRESS")]
+    metrics: Option<SocketAddr>,
 }
 
 #[derive(Debug, Args)]
@@ -83,13 +100,20 @@ enum ProfileChoice {
 }
 
 fn main() -> ExitCode {
+    // First of all: what is opened later could take its number.
+    let inherited = daemon::take_inherited().map_err(anyhow::Error::from);
     let cli = Cli::parse();
+    let level = match cli.command {
+        Command::Attach(_) => tracing::Level::WARN,
+        Command::Serve(_) => tracing::Level::INFO,
+    };
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
-        .with_max_level(tracing::Level::WARN)
+        .with_max_level(level)
         .init();
     let outcome = match &cli.command {
         Command::Attach(args) => run(args),
+        Command::Serve(args) => inherited.and_then(|inherited| serve(args, inherited)),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -103,11 +127,7 @@ fn main() -> ExitCode {
 fn run(args: &AttachArgs) -> Result<()> {
     // Before any thread is there, so that all of them inherit the mask and the signals come to the descriptor.
     let signals = block_signals()?;
-    let config = match &args.config {
-        Some(path) if !path.exists() => bail!("no config file {}", path.display()),
-        Some(path) => Config::read(path)?,
-        None => Config::load()?,
-    };
+    let config = config(args.config.as_deref())?;
     let asked = Layer {
         worker: args.worker.map(|w| match w {
             Worker::Auto => WorkerPolicy::Auto,
@@ -149,6 +169,24 @@ fn run(args: &AttachArgs) -> Result<()> {
         .detach_and_restore()
         .with_context(|| format!("{end}, but detaching {id} left something behind"))?;
     say(&format!("{end}: detached {id}\n"))
+}
+
+fn serve(args: &ServeArgs, inherited: Inherited) -> Result<()> {
+    let signals = block_signals()?;
+    let options = daemon::Options {
+        config: config(args.config.as_deref())?,
+        metrics: args.metrics,
+        inherited,
+    };
+    Ok(daemon::serve(options, &signals)?)
+}
+
+fn config(path: Option<&Path>) -> Result<Config> {
+    Ok(match path {
+        Some(path) if !path.exists() => bail!("no config file {}", path.display()),
+        Some(path) => Config::read(path)?,
+        None => Config::load()?,
+    })
 }
 
 fn start(args: &AttachArgs, policy: Policy, config: Config) -> Result<Attachment> {

@@ -42,7 +42,7 @@ pub enum WorkerPolicy {
 }
 
 impl WorkerPolicy {
-    const ALL: [Self; 5] = [
+    pub(crate) const ALL: [Self; 5] = [
         Self::Auto,
         Self::Dedicated,
         Self::Shared,
@@ -85,7 +85,7 @@ pub enum Profile {
 }
 
 impl Profile {
-    const ALL: [Self; 2] = [Self::Latency, Self::Throughput];
+    pub(crate) const ALL: [Self; 2] = [Self::Latency, Self::Throughput];
 }
 
 impl fmt::Display for Profile {

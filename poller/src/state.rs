@@ -225,6 +225,11 @@ pub fn write(state_dir: &Path, state: &PodState) -> Result<()> {
     })
 }
 
+/// Refuses names that cannot be those of files.
+pub(crate) fn check_names(namespace: &str, id: &str) -> Result<()> {
+    file_of(Path::new("/"), namespace, id).map(drop)
+}
+
 /// Removes one pod's file; fine when it is not there.
 pub fn remove(state_dir: &Path, namespace: &str, id: &str) -> Result<()> {
     remove_file(&file_of(state_dir, namespace, id)?)

@@ -1,0 +1,169 @@
+//! What the daemon tells Prometheus.
+//!
+//! All of it is read when it is asked for: nothing is counted twice, and an idle daemon does no work for it. A round of a
+//! worker is not counted by the kernel; the time its thread has run is, and it polls for all of that time.
+
+use std::sync::atomic::AtomicU64;
+
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::{Registry, Unit};
+
+use super::service::Counts;
+use crate::engine::Snapshot;
+
+type Labels = Vec<(&'static str, String)>;
+type Seconds = Counter<f64, AtomicU64>;
+
+/// The whole text.
+pub(super) fn text(snapshot: &Snapshot, counts: Counts, held: usize) -> String {
+    let mut registry = Registry::with_prefix("kbp");
+    of_pods(&mut registry, snapshot);
+    of_workers(&mut registry, snapshot);
+    of_daemon(&mut registry, snapshot, counts, held);
+    let mut text = String::new();
+    if encode(&mut text, &registry).is_err() {
+        // Writing to a string does not fail; should it, half a page is worse than none.
+        text.clear();
+    }
+    text
+}
+
+fn of_pods(registry: &mut Registry, snapshot: &Snapshot) {
+    let packets = Family::<Labels, Counter>::default();
+    let placed = Family::<Labels, Gauge>::default();
+    let interfaces = Family::<Labels, Gauge>::default();
+    let degraded = Family::<Labels, Gauge>::default();
+    for pod in &snapshot.pods {
+        let state = &pod.state;
+        let named = |more: &[(&'static str, String)]| -> Labels {
+            let mut labels = vec![
+                ("namespace", state.namespace.clone()),
+                ("pod", state.id.clone()),
+            ];
+            labels.extend_from_slice(more);
+            labels
+        };
+        packets.get_or_create(&named(&[])).inc_by(pod.packets);
+        let count = i64::try_from(state.interfaces.len()).unwrap_or(i64::MAX);
+        interfaces.get_or_create(&named(&[])).set(count);
+        if let Some(worker) = &state.worker {
+            let place = [
+                ("policy", worker.policy.to_string()),
+                ("cpu", worker.cpu.to_string()),
+            ];
+            placed.get_or_create(&named(&place)).set(1);
+        }
+        for missing in &state.degraded {
+            let part = [("part", missing.part.to_string())];
+            degraded.get_or_create(&named(&part)).inc();
+        }
+    }
+    registry.register(
+        "pod_packets",
+        "Packets over the host ends of a pod since its attach, both ways",
+        packets,
+    );
+    registry.register("pod_interfaces", "Polled interfaces of a pod", interfaces);
+    registry.register(
+        "pod_worker",
+        "1 for each pod with a worker, by where that is",
+        placed,
+    );
+    registry.register(
+        "pod_degraded_parts",
+        "Parts of kbp that are not active for a pod",
+        degraded,
+    );
+}
+
+fn of_workers(registry: &mut Registry, snapshot: &Snapshot) {
+    let busy = Family::<Labels, Seconds>::default();
+    let parked_time = Family::<Labels, Seconds>::default();
+    let parked = Family::<Labels, Gauge>::default();
+    let pods = Family::<Labels, Gauge>::default();
+    let renewals = Family::<Labels, Counter>::default();
+    let rate = Family::<Labels, Gauge>::default();
+    for worker in &snapshot.workers {
+        let labels: Labels = vec![
+            ("kind", worker.state.kind.clone()),
+            ("policy", worker.state.policy.to_string()),
+            ("cpu", worker.state.cpu.to_string()),
+            ("tid", worker.state.tid.to_string()),
+        ];
+        let idle = worker.age.saturating_sub(worker.busy);
+        busy.get_or_create(&labels)
+            .inc_by(worker.busy.as_secs_f64());
+        parked_time
+            .get_or_create(&labels)
+            .inc_by(idle.as_secs_f64());
+        parked.get_or_create(&labels).set(i64::from(worker.parked));
+        pods.get_or_create(&labels)
+            .set(i64::try_from(worker.pods).unwrap_or(i64::MAX));
+        renewals.get_or_create(&labels).inc_by(worker.renewals);
+        rate.get_or_create(&labels)
+            .set(i64::try_from(worker.rate).unwrap_or(i64::MAX));
+    }
+    registry.register_with_unit(
+        "worker_busy",
+        "Time that a worker's thread has run, polling",
+        Unit::Seconds,
+        busy,
+    );
+    registry.register_with_unit(
+        "worker_idle",
+        "Time that a worker's thread has not run: parked, or waiting for its CPU",
+        Unit::Seconds,
+        parked_time,
+    );
+    registry.register("worker_parked", "1 while a worker is parked", parked);
+    registry.register("worker_pods", "Pods that a worker polls", pods);
+    registry.register("worker_lease_renewals", "Leases started", renewals);
+    registry.register(
+        "worker_packets_per_second",
+        "Packets a second of a worker's pods, at the last look",
+        rate,
+    );
+}
+
+fn of_daemon(registry: &mut Registry, snapshot: &Snapshot, counts: Counts, held: usize) {
+    let gauge = |value: usize| {
+        let gauge = Gauge::<i64>::default();
+        gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
+        gauge
+    };
+    let counter = |value: u64| {
+        let counter = Counter::<u64>::default();
+        counter.inc_by(value);
+        counter
+    };
+    registry.register(
+        "poller_attachments",
+        "Attachments, waiting ones included",
+        gauge(held),
+    );
+    registry.register("poller_attaches", "Attaches", counter(counts.attached));
+    registry.register("poller_detaches", "Detaches", counter(counts.detached));
+    registry.register(
+        "poller_refusals",
+        "Requests that were refused",
+        counter(counts.refused),
+    );
+    registry.register(
+        "poller_moves",
+        "Pods that were moved from a hot core",
+        counter(snapshot.moves),
+    );
+    if let Some(micros) = snapshot.cpu_latency {
+        let gauge = Gauge::<f64, AtomicU64>::default();
+        gauge.set(f64::from(micros.0) / 1e6);
+        registry.register_with_unit(
+            "poller_cpu_latency",
+            "Longest exit latency of the CPUs' sleep states, as held",
+            Unit::Seconds,
+            gauge,
+        );
+    }
+}
