@@ -112,7 +112,9 @@ impl Engine {
         };
         let state_dir = &request.config.state_dir;
         state::create_dir(state_dir)?;
-        if let Err(error) = clear_leftovers(state_dir) {
+        if self.may_clear()
+            && let Err(error) = clear_leftovers(state_dir)
+        {
             // What others left is no reason to leave this pod without its share; doctor tells of it.
             tracing::warn!(%error, "what killed pods left could not be removed");
         }
@@ -282,6 +284,8 @@ impl Parts {
         let placing = placing(request);
         let plan = if self.veths.is_empty() {
             Plan::none("no interface that can be polled")
+        } else if let Some(why) = self.polled_already(request, pods) {
+            Plan::none(why)
         } else if let Some(why) = placing.unwanted() {
             Plan::none(why)
         } else if let Some(unable) = self.unable.clone().or(self.findings.ids_unknown.clone()) {
@@ -302,6 +306,24 @@ impl Parts {
             });
         }
         self.placed = Some(placed);
+    }
+
+    /// Who else polls a host end, under another name: two workers at one NAPI only hinder each other.
+    fn polled_already(&self, request: &AttachRequest, pods: &[PodState]) -> Option<String> {
+        let others = pods
+            .iter()
+            .filter(|pod| pod.worker.is_some() && !pod.is(&request.namespace, &request.id));
+        let mut shared = others.flat_map(|pod| pod.interfaces.iter().map(move |i| (pod, i)));
+        let (pod, interface) = shared.find(|(_, interface)| {
+            self.veths.iter().any(|veth| {
+                veth.host_index.0 == interface.host_ifindex
+                    && veth.host_name == interface.host_interface
+            })
+        })?;
+        Some(format!(
+            "{} is polled already, for {}/{} by process {}",
+            interface.host_interface, pod.namespace, pod.id, pod.owner_pid
+        ))
     }
 
     /// Gives the worker back.

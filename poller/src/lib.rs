@@ -18,6 +18,7 @@ mod originals;
 mod pace;
 mod place;
 pub mod policy;
+pub mod polled;
 mod record;
 pub mod state;
 mod tune;

@@ -110,6 +110,8 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_max_level(level)
+        // A log that nobody reads any more must not end the daemon.
+        .log_internal_errors(false)
         .init();
     let outcome = match &cli.command {
         Command::Attach(args) => run(args),

@@ -222,7 +222,7 @@ pub struct Pod {
     /// See [`AttachRequest::bound`].
     #[prost(bool, tag = "9")]
     pub bound: bool,
-    /// Packets that went over the host ends since the attach, both ways.
+    /// Packets that went over the host ends since the attach, both ways; told by List only.
     #[prost(uint64, tag = "10")]
     pub packets: u64,
     /// Process that owns the worker.

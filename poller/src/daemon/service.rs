@@ -102,6 +102,14 @@ struct Held {
     owner: Owner,
 }
 
+impl Held {
+    /// What is true of it, but for its packets; None while it waits.
+    fn pod(&self) -> Option<Pod> {
+        let state = self.attachment.as_ref()?.state();
+        Some(api::pod(&state, matches!(self.owner, Owner::Bound(_)), 0))
+    }
+}
+
 #[derive(Debug)]
 enum Owner {
     Bound(ConnectionId),
@@ -218,7 +226,7 @@ impl Service {
             "Update" => self.update(&decode(payload)?, id)?.encode_to_vec(),
             "List" => {
                 let ListRequest {} = decode(payload)?;
-                let pods = self.pods().into_values().collect();
+                let pods = self.counted_pods();
                 ListResponse { pods }.encode_to_vec()
             }
             "Watch" => {
@@ -260,7 +268,7 @@ impl Service {
             Kept::HostNetwork => api::Outcome::HostNetwork,
         };
         let pod = match outcome {
-            api::Outcome::Attached => self.pods().remove(&name),
+            api::Outcome::Attached => self.held.get(&name).and_then(Held::pod),
             _ => None,
         };
         Ok(AttachResponse {
@@ -551,8 +559,7 @@ impl Service {
         for (name, pod) in &now {
             match self.told.get(name) {
                 None => events.push(event(EventKind::Attached, pod.clone())),
-                // Packets alone are no news.
-                Some(told) if without_packets(told) != without_packets(pod) => {
+                Some(told) if told != pod => {
                     events.push(event(EventKind::Changed, pod.clone()));
                 }
                 Some(_) => {}
@@ -562,22 +569,23 @@ impl Service {
         events
     }
 
+    /// Every attachment, without its packets: to read the counters of all takes longer than all the rest.
     fn pods(&self) -> BTreeMap<Name, Pod> {
-        let snapshot = self.engine.snapshot();
-        let packets: BTreeMap<Name, u64> = snapshot
-            .pods
-            .into_iter()
-            .map(|pod| ((pod.state.namespace, pod.state.id), pod.packets))
-            .collect();
         self.held
             .iter()
-            .filter_map(|(name, held)| {
-                let state = held.attachment.as_ref()?.state();
-                let is_bound = matches!(held.owner, Owner::Bound(_));
-                let packets = packets.get(name).copied().unwrap_or(0);
-                Some((name.clone(), api::pod(&state, is_bound, packets)))
-            })
+            .filter_map(|(name, held)| Some((name.clone(), held.pod()?)))
             .collect()
+    }
+
+    fn counted_pods(&self) -> Vec<Pod> {
+        let mut pods = self.pods();
+        for counted in self.engine.snapshot().pods {
+            let name = (counted.state.namespace, counted.state.id);
+            if let Some(pod) = pods.get_mut(&name) {
+                pod.packets = counted.packets;
+            }
+        }
+        pods.into_values().collect()
     }
 
     /// The metrics as text.
@@ -596,13 +604,6 @@ fn event(kind: EventKind, pod: Pod) -> WatchEvent {
     WatchEvent {
         kind: kind.into(),
         pod: Some(pod),
-    }
-}
-
-fn without_packets(pod: &Pod) -> Pod {
-    Pod {
-        packets: 0,
-        ..pod.clone()
     }
 }
 

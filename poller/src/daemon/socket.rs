@@ -78,16 +78,24 @@ impl Sockets {
         check_directory(&state_dir)?;
         let lock = lock(&state_dir)?;
         let path = state_dir.join(api::SOCKET);
-        let mut own = Vec::new();
+        // From here on, what was made goes when something fails.
+        let mut sockets = Self {
+            listeners: Vec::new(),
+            state_dir,
+            path,
+            own: Vec::new(),
+            _lock: lock,
+        };
         let inherited = options.inherited.api.as_ref().map(UnixListener::try_clone);
         let api = match inherited {
             Some(listener) => {
                 listener.map_err(|e| DaemonError::io("use the socket of the init system", e))?
             }
-            None => bind(&path, &mut own)?,
+            None => bind(&sockets.path, &mut sockets.own)?,
         };
-        let metrics = bind(&state_dir.join(METRICS), &mut own)?;
-        let mut listeners = vec![Listener::Api(api), Listener::Metrics(metrics)];
+        sockets.listeners.push(Listener::Api(api));
+        let metrics = bind(&sockets.state_dir.join(METRICS), &mut sockets.own)?;
+        sockets.listeners.push(Listener::Metrics(metrics));
         if let Some(address) = options.metrics {
             if !address.ip().is_loopback() {
                 return Err(DaemonError::NotLoopback { address });
@@ -95,15 +103,9 @@ impl Sockets {
             let listener = TcpListener::bind(address)
                 .and_then(|l| l.set_nonblocking(true).map(|()| l))
                 .map_err(|e| DaemonError::io(format!("listen on {address}"), e))?;
-            listeners.push(Listener::MetricsTcp(listener));
+            sockets.listeners.push(Listener::MetricsTcp(listener));
         }
-        Ok(Self {
-            listeners,
-            state_dir,
-            path,
-            own,
-            _lock: lock,
-        })
+        Ok(sockets)
     }
 
     pub(super) fn path(&self) -> &Path {

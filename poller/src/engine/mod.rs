@@ -77,6 +77,7 @@ pub(crate) struct Kept {
     /// Ticks happen at whole multiples of a fraction of the lease from here on, so that one wake-up serves all pods.
     epoch: Instant,
     survey_at: Option<Instant>,
+    cleared: Option<Instant>,
     moves: u64,
 }
 
@@ -115,6 +116,7 @@ impl Engine {
                 next_key: PodKey::FIRST,
                 epoch: Instant::now(),
                 survey_at: None,
+                cleared: None,
                 moves: 0,
             }),
             host,
@@ -144,6 +146,17 @@ impl Engine {
 
     pub(crate) fn host(&self) -> &Netns {
         &self.handle.shared.host
+    }
+
+    /// Whether leftovers of the dead are to be looked for: when many pods come at once, once a second is enough.
+    pub(crate) fn may_clear(&self) -> bool {
+        let mut kept = self.lock();
+        let now = Instant::now();
+        let due = kept.cleared.is_none_or(|at| now - at >= SURVEY);
+        if due {
+            kept.cleared = Some(now);
+        }
+        due
     }
 
     pub(crate) fn changed_handle(&self) -> Arc<EventFd> {

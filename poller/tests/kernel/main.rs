@@ -2,6 +2,7 @@
 
 mod attach;
 mod claims;
+mod daemon;
 mod events;
 mod find;
 mod node;

@@ -10,8 +10,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use containerd_shim_protos::api;
 use kbp_kernel::netns::Netns;
 use kbp_poller::Error;
-use kbp_poller::attach::{AttachRequest, Outcome, attach};
+use kbp_poller::attach::AttachRequest;
 use kbp_poller::config::Config;
+use kbp_poller::polled::{PolledOutcome, attach};
 use kbp_poller::state::{Degraded, Part, SocketCounters};
 use kbp_poller::window::Window;
 use tokio::sync::mpsc;
@@ -307,18 +308,18 @@ impl Pod {
         let outcome = request.and_then(|request| Ok(attach(request)?));
         self.awaits_interface.store(false, Ordering::Release);
         let missing = match outcome {
-            Ok(Outcome::Attached(attachment)) => {
-                inner.report = Some(Report::Attached(attachment));
+            Ok(PolledOutcome::Attached(polled)) => {
+                inner.report = Some(Report::Attached(polled));
                 inner.tell_sockets();
                 return Ok(());
             }
-            Ok(Outcome::NoInterface) if !last => {
+            Ok(PolledOutcome::NoInterface) if !last => {
                 self.awaits_interface.store(true, Ordering::Release);
                 self.report_bare(inner, NO_INTERFACE);
                 return Ok(());
             }
-            Ok(Outcome::NoInterface) => NO_INTERFACE.to_owned(),
-            Ok(Outcome::HostNetwork) => HOST_NETWORK.to_owned(),
+            Ok(PolledOutcome::NoInterface) => NO_INTERFACE.to_owned(),
+            Ok(PolledOutcome::HostNetwork) => HOST_NETWORK.to_owned(),
             Err(refusal) if required => return Err(refusal),
             Err(refusal) => refusal.to_string(),
         };

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use kbp_kernel::CpuSet;
-use kbp_poller::attach::Attachment;
+use kbp_poller::polled::Polled;
 use kbp_poller::state::{self, Degraded, PodState, SocketCounters};
 use kbp_poller::window::Window;
 
@@ -72,8 +72,8 @@ fn sum_up(shares: &[&Share<'_>]) -> Window {
 /// Whoever keeps the pod's state file.
 #[derive(Debug)]
 pub(super) enum Report {
-    /// The attachment of the pod's veth.
-    Attached(Attachment),
+    /// The pod's veth is attached, here or at the node's daemon.
+    Attached(Polled),
     /// Nothing is attached.
     Bare(Bare),
 }
@@ -145,8 +145,8 @@ impl Report {
     /// Says what holds for the sockets now.
     pub(super) fn set_sockets(&mut self, sockets: &Sockets, counters: SocketCounters) {
         match self {
-            Self::Attached(attachment) => {
-                attachment.set_sockets(&sockets.window, sockets.cpuset.as_ref(), counters);
+            Self::Attached(polled) => {
+                polled.set_sockets(&sockets.window, sockets.cpuset.as_ref(), counters);
             }
             Self::Bare(bare) => bare.change(|state| {
                 state.busy_poll_us = sockets.window.micros.map(|m| m.0);
@@ -160,7 +160,7 @@ impl Report {
     /// Adds something that is not active.
     pub(super) fn degrade(&mut self, degraded: Degraded) {
         match self {
-            Self::Attached(attachment) => attachment.degrade(degraded),
+            Self::Attached(polled) => polled.degrade(degraded),
             Self::Bare(bare) => bare.change(|state| {
                 if !state.degraded.contains(&degraded) {
                     state.degraded.push(degraded);

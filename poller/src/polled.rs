@@ -1,0 +1,464 @@
+//! A pod that is polled by whoever does it best now: the node's daemon while there is one, else this process.
+//!
+//! One thread follows the daemon. When one begins to serve, the pod is handed over: this process lets go first, then the daemon
+//! attaches, so that nothing is polled twice; should the daemon refuse, this process takes the pod back. When the daemon ends,
+//! however it does, the connection to it closes, its workers have ended by then, and this process attaches at once. In between,
+//! for some milliseconds, softirq takes the packets, as on any veth.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kbp_kernel::CpuSet;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use nix::sys::socket::{MsgFlags, recv};
+
+use crate::api::{self, UpdateRequest};
+use crate::attach::{AttachRequest, Attachment, Outcome, Terms};
+use crate::client::{Attached, Client, ClientError};
+use crate::engine::Engine;
+use crate::state::{Degraded, SocketCounters};
+use crate::window::Window;
+use crate::{Error, Result, state};
+
+/// Longest that a start may wait for the daemon. It takes milliseconds.
+const ATTACH_LIMIT: Duration = Duration::from_secs(1);
+
+/// Longest that a hand-over may take: after the start of a daemon every pod of the node comes at the same time.
+const HAND_OVER_LIMIT: Duration = Duration::from_secs(5);
+
+/// Longest that telling the daemon of sockets may take.
+const UPDATE_LIMIT: Duration = Duration::from_millis(500);
+
+/// How long to wait before something is tried again that did not work.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Enough for an attach and a log line; only what is touched becomes resident.
+const STACK: usize = 128 * 1024;
+
+/// What became of an attach.
+#[derive(Debug)]
+pub enum PolledOutcome {
+    /// Attached, perhaps with degraded parts.
+    Attached(Polled),
+    /// The namespace has only a loopback (yet): try again before the first process starts.
+    NoInterface,
+    /// Host network: nothing is touched.
+    HostNetwork,
+}
+
+/// A polled pod; detached when it is dropped.
+#[derive(Debug)]
+pub struct Polled {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    stop: EventFd,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    who: Who,
+    /// As it is to be attached when it changes hands.
+    request: AttachRequest,
+    counters: SocketCounters,
+}
+
+/// Who polls it.
+#[derive(Debug)]
+enum Who {
+    Own(Attachment),
+    Daemon {
+        client: Client,
+        pid: u32,
+    },
+    /// It could not be attached when it changed hands; `previous` may still own its state file.
+    Nobody {
+        previous: Option<u32>,
+    },
+}
+
+/// Has a pod polled, by the daemon if there is one. Call it on a thread that is in the host's network namespace.
+///
+/// # Errors
+/// As [`Engine::attach`]: what the daemon cannot do is tried here.
+pub fn attach(request: AttachRequest) -> Result<PolledOutcome> {
+    let who = match Client::connect(&socket_of(&request), ATTACH_LIMIT) {
+        Ok(mut client) => match attach_at(&mut client, &request) {
+            Ok(Attached::Pod(pod)) => Some(Who::Daemon {
+                client,
+                pid: pod.owner_pid,
+            }),
+            Ok(Attached::NoInterface) => return Ok(PolledOutcome::NoInterface),
+            Ok(Attached::HostNetwork) => return Ok(PolledOutcome::HostNetwork),
+            Err(error) => {
+                tracing::warn!("this process polls for itself: {error}");
+                None
+            }
+        },
+        Err(ClientError::NotRunning { .. }) => None,
+        Err(error) => {
+            tracing::warn!("this process polls for itself: {error}");
+            None
+        }
+    };
+    let who = match who {
+        Some(who) => who,
+        None => match Engine::start()?.attach(copy(&request)?, Terms::default())? {
+            Outcome::Attached(attachment) => Who::Own(attachment),
+            Outcome::NoInterface => return Ok(PolledOutcome::NoInterface),
+            Outcome::HostNetwork => return Ok(PolledOutcome::HostNetwork),
+        },
+    };
+    Polled::follow(who, request).map(PolledOutcome::Attached)
+}
+
+impl Polled {
+    fn follow(who: Who, request: AttachRequest) -> Result<Self> {
+        let failed = |what: &str| {
+            let what = what.to_owned();
+            move |e: Errno| Error::io(what, e.into())
+        };
+        let state_dir = &request.config.state_dir;
+        state::create_dir(state_dir)?;
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
+            .map_err(failed("make an inotify instance"))?;
+        inotify
+            .add_watch(state_dir, AddWatchFlags::IN_MOVED_TO)
+            .map_err(failed("watch the state directory for a daemon"))?;
+        let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+            .map_err(failed("make an eventfd"))?;
+        let missed = matches!(who, Who::Own(_)) && state_dir.join(api::READY).exists();
+        let shared = Arc::new(Shared {
+            stop,
+            inner: Mutex::new(Inner {
+                who,
+                request,
+                counters: SocketCounters::default(),
+            }),
+        });
+        let followed = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name("kbp-owner".to_owned())
+            .stack_size(STACK)
+            .spawn(move || followed.run(&inotify, missed))
+            .map_err(|e| Error::io("start the thread that follows the daemon", e))?;
+        Ok(Self {
+            shared,
+            thread: Some(thread),
+        })
+    }
+
+    /// Whether the daemon polls it now.
+    pub fn is_at_daemon(&self) -> bool {
+        matches!(self.shared.lock().who, Who::Daemon { .. })
+    }
+
+    /// Adds a degraded part that was found out later; it goes into the state file.
+    pub fn degrade(&self, degraded: Degraded) {
+        let mut inner = self.shared.lock();
+        if inner.request.degraded.contains(&degraded) {
+            return;
+        }
+        inner.request.degraded.push(degraded.clone());
+        match &inner.who {
+            Who::Own(attachment) => attachment.degrade(degraded),
+            Who::Daemon { .. } => inner.update(&[degraded]),
+            Who::Nobody { .. } => {}
+        }
+    }
+
+    /// What holds for the pod's sockets from now on, and what was done to them so far; it goes into the state file.
+    pub fn set_sockets(&self, window: &Window, cpuset: Option<&CpuSet>, counters: SocketCounters) {
+        let mut inner = self.shared.lock();
+        let request = &inner.request;
+        if request.window == *window
+            && request.cpuset.as_ref() == cpuset
+            && inner.counters == counters
+        {
+            return;
+        }
+        inner.request.window = window.clone();
+        inner.request.cpuset = cpuset.cloned();
+        inner.counters = counters;
+        match &inner.who {
+            Who::Own(attachment) => attachment.set_sockets(window, cpuset, counters),
+            Who::Daemon { .. } => inner.update(&[]),
+            Who::Nobody { .. } => {}
+        }
+    }
+}
+
+impl Drop for Polled {
+    fn drop(&mut self) {
+        // An eventfd refuses a write only when it is full, and then the thread is awake already.
+        let _ = self.shared.stop.write(1);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread that follows the daemon had panicked");
+        }
+        let mut inner = self.shared.lock();
+        let previous = None;
+        if let Who::Daemon { mut client, .. } =
+            std::mem::replace(&mut inner.who, Who::Nobody { previous })
+        {
+            // Closing would do, but then nobody knew when the state file is gone.
+            client.renew(ATTACH_LIMIT);
+            let request = &inner.request;
+            if let Err(error) = client.detach(&request.namespace, &request.id, false) {
+                tracing::debug!("{error}");
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // At worst a panic leaves nobody polling, which the follower mends.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(&self, inotify: &Inotify, mut try_daemon: bool) {
+        let mut retry_at: Option<Instant> = None;
+        loop {
+            if try_daemon || retry_at.is_some_and(|at| Instant::now() >= at) {
+                let worked = self.lock().settle(try_daemon);
+                retry_at = (!worked).then(|| Instant::now() + RETRY);
+                try_daemon = false;
+            }
+            // A copy, since the lock is not held while waiting.
+            let daemon = match &self.lock().who {
+                Who::Daemon { client, .. } => client.as_fd().try_clone_to_owned().ok(),
+                _ => None,
+            };
+            let timeout = match retry_at {
+                None => PollTimeout::NONE,
+                Some(at) => at
+                    .saturating_duration_since(Instant::now())
+                    .as_micros()
+                    .div_ceil(1000)
+                    .try_into()
+                    .unwrap_or(PollTimeout::MAX),
+            };
+            let mut fds = vec![
+                PollFd::new(self.stop.as_fd(), PollFlags::POLLIN),
+                PollFd::new(inotify.as_fd(), PollFlags::POLLIN),
+            ];
+            fds.extend(
+                daemon
+                    .as_ref()
+                    .map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)),
+            );
+            match poll(&mut fds, timeout) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => {
+                    tracing::error!(%errno, "the daemon is no longer followed");
+                    return;
+                }
+            }
+            let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
+            drop(fds);
+            if ready.first() == Some(&true) {
+                return;
+            }
+            if ready.get(1) == Some(&true) {
+                try_daemon = is_ready(inotify);
+            }
+            if ready.get(2) == Some(&true) {
+                // Between two calls nothing comes but the end.
+                let mut inner = self.lock();
+                if inner.has_lost_daemon() {
+                    inner.lose_daemon();
+                    retry_at = (!inner.settle(false)).then(|| Instant::now() + RETRY);
+                }
+            }
+        }
+    }
+}
+
+/// Reads what has happened in the state directory; whether a daemon has begun to serve.
+fn is_ready(inotify: &Inotify) -> bool {
+    let mut ready = false;
+    while let Ok(events) = inotify.read_events() {
+        ready |= events
+            .iter()
+            // Some were lost: look.
+            .any(|e| {
+                e.mask.contains(AddWatchFlags::IN_Q_OVERFLOW)
+                    || e.name.as_deref() == Some(api::READY.as_ref())
+            });
+    }
+    ready
+}
+
+impl Inner {
+    /// Sees to it that somebody polls, the daemon rather than this process when `try_daemon`. False: to be tried again.
+    fn settle(&mut self, try_daemon: bool) -> bool {
+        let previous = match &self.who {
+            Who::Daemon { .. } if !self.has_lost_daemon() => return true,
+            Who::Daemon { pid, .. } => Some(*pid),
+            Who::Own(_) if !try_daemon => return true,
+            Who::Own(_) => None,
+            Who::Nobody { previous } => *previous,
+        };
+        let mut again = false;
+        if try_daemon {
+            match Client::connect(&socket_of(&self.request), HAND_OVER_LIMIT) {
+                Ok(client) => match self.hand_over(client, previous) {
+                    Ok(()) if matches!(self.who, Who::Daemon { .. }) => return true,
+                    Ok(()) => {}
+                    Err(error) => {
+                        // What it refuses now it would refuse again.
+                        again = !matches!(error, ClientError::Refused { .. });
+                        tracing::warn!("this process polls for itself: {error}");
+                    }
+                },
+                Err(error) => tracing::debug!("{error}"),
+            }
+        }
+        if matches!(self.who, Who::Own(_)) {
+            return !again;
+        }
+        self.take_back() && !again
+    }
+
+    fn hand_over(&mut self, mut client: Client, previous: Option<u32>) -> Result<(), ClientError> {
+        let own = std::mem::replace(&mut self.who, Who::Nobody { previous });
+        if let Who::Own(attachment) = own {
+            attachment.hand_over();
+        }
+        match attach_at(&mut client, &self.request)? {
+            Attached::Pod(pod) => {
+                tracing::info!("the daemon, process {}, polls the pod", pod.owner_pid);
+                let pid = pod.owner_pid;
+                self.who = Who::Daemon { client, pid };
+                self.update(&[]);
+            }
+            Attached::NoInterface | Attached::HostNetwork => {
+                tracing::debug!("the pod has no interface to hand over");
+            }
+        }
+        Ok(())
+    }
+
+    /// Attaches in this process.
+    fn take_back(&mut self) -> bool {
+        let previous = match &self.who {
+            Who::Nobody { previous } => *previous,
+            Who::Daemon { pid, .. } => Some(*pid),
+            Who::Own(_) => None,
+        };
+        // First of all: what is bound to the connection ends with it, should the daemon be alive after all.
+        self.who = Who::Nobody { previous };
+        let terms = Terms {
+            previous_owner: previous,
+            ..Terms::default()
+        };
+        let attached = Engine::start().and_then(|engine| {
+            copy(&self.request).and_then(|request| engine.attach(request, terms))
+        });
+        match attached {
+            Ok(Outcome::Attached(attachment)) => {
+                let cpuset = self.request.cpuset.as_ref();
+                attachment.set_sockets(&self.request.window, cpuset, self.counters);
+                self.who = Who::Own(attachment);
+                true
+            }
+            Ok(Outcome::NoInterface | Outcome::HostNetwork) => false,
+            Err(error) => {
+                tracing::warn!("nobody polls the pod for now: {error}");
+                false
+            }
+        }
+    }
+
+    fn has_lost_daemon(&self) -> bool {
+        let Who::Daemon { client, .. } = &self.who else {
+            return false;
+        };
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        let peeked = recv(client.as_fd().as_raw_fd(), &mut [0], flags);
+        !matches!(peeked, Err(Errno::EAGAIN | Errno::EINTR))
+    }
+
+    fn lose_daemon(&mut self) {
+        if let Who::Daemon { pid, .. } = self.who {
+            tracing::warn!("the daemon, process {pid}, is gone: this process polls for itself");
+            let previous = Some(pid);
+            self.who = Who::Nobody { previous };
+        }
+    }
+
+    /// Tells the daemon what has changed; one that does not listen is left.
+    fn update(&mut self, degraded: &[Degraded]) {
+        let message = UpdateRequest {
+            id: self.request.id.clone(),
+            namespace: self.request.namespace.clone(),
+            sockets: Some(api::sockets(&self.request.window, self.counters)),
+            cpuset: text_of(self.request.cpuset.as_ref()),
+            degraded: api::degraded(degraded),
+        };
+        let Who::Daemon { client, .. } = &mut self.who else {
+            return;
+        };
+        client.renew(UPDATE_LIMIT);
+        if let Err(error) = client.update(&message) {
+            tracing::warn!("{error}");
+            self.lose_daemon();
+            // The follower tries again if this does not work.
+            let _ = self.take_back();
+        }
+    }
+}
+
+fn socket_of(request: &AttachRequest) -> PathBuf {
+    request.config.state_dir.join(api::SOCKET)
+}
+
+fn text_of(cpuset: Option<&CpuSet>) -> String {
+    cpuset.map(ToString::to_string).unwrap_or_default()
+}
+
+fn attach_at(client: &mut Client, request: &AttachRequest) -> Result<Attached, ClientError> {
+    client.attach(&api::AttachRequest {
+        id: request.id.clone(),
+        namespace: request.namespace.clone(),
+        // The handle is open as long as the call takes, whatever becomes of the process that the namespace was found by.
+        netns: format!(
+            "/proc/{}/fd/{}",
+            std::process::id(),
+            request.netns.as_fd().as_raw_fd()
+        ),
+        worker: request.policy.worker.to_string(),
+        profile: request.policy.profile.to_string(),
+        required: request.policy.required,
+        cpuset: text_of(request.cpuset.as_ref()),
+        sockets: Some(api::sockets(&request.window, SocketCounters::default())),
+        degraded: api::degraded(&request.degraded),
+        bound: true,
+        cpu_latency_us: request.policy.cpu_latency.map(|m| m.0),
+    })
+}
+
+fn copy(request: &AttachRequest) -> Result<AttachRequest> {
+    Ok(AttachRequest {
+        id: request.id.clone(),
+        namespace: request.namespace.clone(),
+        netns: request.netns.try_clone()?,
+        policy: request.policy,
+        cpuset: request.cpuset.clone(),
+        window: request.window.clone(),
+        degraded: request.degraded.clone(),
+        config: request.config.clone(),
+    })
+}
