@@ -51,7 +51,7 @@ mod tests {
             ("/dev/null", "not a namespace at all"),
             ("/proc/self/ns", "not a namespace at all"),
             ("/proc/self/ns/mnt", "another type"),
-            ("/run/\0", "nul"),
+            ("/run/\0", "NUL"),
         ] {
             let error = open(path).expect_err(path);
             assert!(error.contains(reason), "{error}");
