@@ -31,6 +31,16 @@ fn on_node(
     edit: impl FnOnce(String) -> String,
     test: impl FnOnce(&Node<'_>),
 ) {
+    on_network("10-kbp.conflist", generation, edit, test);
+}
+
+/// As [`on_node`], with that example of `config/cni/` as the network.
+fn on_network(
+    network: &str,
+    generation: Generation,
+    edit: impl FnOnce(String) -> String,
+    test: impl FnOnce(&Node<'_>),
+) {
     let sandbox = Sandbox::new().expect("node");
     // host-local's leases, and the kubelet's directories.
     sandbox.overlay("/var/lib").expect("overlay");
@@ -38,28 +48,16 @@ fn on_node(
     let (plugins, networks) = (dir.join("cni/bin"), dir.join("cni/net.d"));
     std::fs::create_dir_all(&plugins).expect("directory");
     std::fs::create_dir_all(&networks).expect("directory");
-    for (from, name) in [
-        (bin_dir().expect("binaries"), "kbp"),
-        (reference_cni_dir().expect("plugins"), "host-local"),
-    ] {
+    let link = |from: &Path, name: &str| {
         std::os::unix::fs::symlink(from.join(name), plugins.join(name)).expect("link");
+    };
+    link(&bin_dir().expect("binaries"), "kbp");
+    for name in ["host-local", "portmap", "loopback", "ptp", "bridge"] {
+        link(&reference_cni_dir().expect("plugins"), name);
     }
-    std::os::unix::fs::symlink(
-        reference_cni_dir().expect("plugins").join("portmap"),
-        plugins.join("portmap"),
-    )
-    .expect("link");
-    std::os::unix::fs::symlink(
-        reference_cni_dir().expect("plugins").join("loopback"),
-        plugins.join("loopback"),
-    )
-    .expect("link");
     let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../config");
-    std::fs::copy(
-        config.join("cni/10-kbp.conflist"),
-        networks.join("10-kbp.conflist"),
-    )
-    .expect("network config");
+    std::fs::copy(config.join("cni").join(network), networks.join(network))
+        .expect("network config");
 
     // As each file says of itself: the tables of the one are copied into the main config, the other may be imported.
     let version_3 = generation == Generation::V2;
@@ -358,6 +356,52 @@ fn a_pod_on_v1_7() {
 #[test]
 fn a_pod_on_v2() {
     a_pod(Generation::V2);
+}
+
+/// Two pods on another network than the usual one; `host_end` is how ip(8) describes theirs.
+fn pods_of_network(network: &str, host_end: &str) {
+    on_network(
+        network,
+        Generation::Machine,
+        |handler| handler,
+        |node| {
+            let pods = ["one", "two"].map(|name| {
+                let config = node.sandbox_config(name, &[]);
+                let pod = node
+                    .run(&config)
+                    .unwrap_or_else(|e| panic!("{e}\n{}", node.containerd.log()));
+                node.container(&pod, &config, name, None);
+                pod
+            });
+            for pod in &pods {
+                let state = node.state(pod);
+                assert!(state.degraded.is_empty(), "{state:#?}");
+                node.ask(&node.ip(pod));
+            }
+            let links = node
+                .sandbox
+                .ip("-details link show type veth")
+                .expect("links");
+            assert_eq!(links.matches(host_end).count(), pods.len(), "{links}");
+            for pod in &pods {
+                node.remove(pod);
+            }
+            // The bridge is there for the next pod; nothing else is.
+            if node.sandbox.ip("link show kbp0").is_ok() {
+                node.sandbox.ip("link delete kbp0").expect("delete it");
+            }
+        },
+    );
+}
+
+#[test]
+fn pods_on_a_bridge_of_kbp() {
+    pods_of_network("10-kbp-bridge.conflist", "master kbp0");
+}
+
+#[test]
+fn pods_of_ptp_whose_veths_are_tuned() {
+    pods_of_network("10-kbp-behind-ptp.conflist", "alias kbp-tuned:");
 }
 
 /// What a pod may not have is refused with kbp's own words, and nothing of it stays.
