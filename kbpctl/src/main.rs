@@ -1,6 +1,8 @@
 //! `kbpctl`: what kbp does on this node now, and what the node lacks for it.
 
+mod bench;
 mod doctor;
+mod load;
 mod status;
 mod text;
 
@@ -14,6 +16,8 @@ use kbp_poller::error::one_line;
 
 /// sysexits.h EX_USAGE: not to be taken for doctor's 2.
 const USAGE: u8 = 64;
+/// As a shell has it for SIGINT.
+const INTERRUPTED: u8 = 130;
 
 /// Says what kbp does on this node, and what the node lacks for it.
 #[derive(Debug, Parser)]
@@ -42,6 +46,20 @@ enum Command {
         /// Directory of the state files [default: `state-dir` of the config file, else /run/kbp].
         #[arg(long, value_name = "PATH")]
         state_dir: Option<PathBuf>,
+    },
+    /// Measures what kbp gains on this node, between containers that it makes and removes.
+    #[command(subcommand)]
+    Bench(bench::What),
+    /// The processes inside of a bench's containers.
+    #[command(subcommand, hide = true)]
+    Load(load::Load),
+    /// Removes what a bench made when the bench ends, however it ends.
+    #[command(hide = true)]
+    BenchKeeper {
+        #[arg(long)]
+        ctr: PathBuf,
+        #[arg(long)]
+        address: PathBuf,
     },
     /// Tries everything that kbp needs from this kernel and node, and says what to do where something is missing.
     ///
@@ -88,6 +106,11 @@ fn main() -> ExitCode {
             };
             status::run(state_dir.as_deref(), options).map(|text| (text, 0))
         }
+        Command::Bench(what) => bench::run(what).map(|text| (text, 0)),
+        Command::Load(load) => load::run(load).map(|()| (String::new(), 0)),
+        Command::BenchKeeper { ctr, address } => {
+            bench::keep(ctr, address).map(|()| (String::new(), 0))
+        }
         Command::Doctor { json, address } => doctor::run(json, &address),
     };
     match outcome {
@@ -107,7 +130,10 @@ fn main() -> ExitCode {
         }
         Err(error) => {
             eprintln!("kbpctl: {}", one_line(error.as_ref()));
-            ExitCode::FAILURE
+            match error.downcast_ref::<bench::Interrupted>() {
+                Some(_) => ExitCode::from(INTERRUPTED),
+                None => ExitCode::FAILURE,
+            }
         }
     }
 }

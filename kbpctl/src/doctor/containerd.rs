@@ -95,6 +95,11 @@ pub(super) fn checks(address: &Path) -> (Vec<Check>, Node) {
     (checks, node)
 }
 
+/// Where the node of that containerd looks for things.
+pub(crate) fn look(address: &Path) -> Node {
+    checks(address).1
+}
+
 /// Who listens at `address`; None: nobody, an error: that cannot be told.
 fn running(address: &Path) -> Result<Option<Running>, String> {
     let socket = match UnixStream::connect(address) {
