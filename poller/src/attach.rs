@@ -314,11 +314,12 @@ impl Parts {
             .iter()
             .filter(|pod| pod.worker.is_some() && !pod.is(&request.namespace, &request.id));
         let mut shared = others.flat_map(|pod| pod.interfaces.iter().map(move |i| (pod, i)));
+        let napis = self.findings.host_napis();
+        // By the NAPI, whose id is unique on the machine.
         let (pod, interface) = shared.find(|(_, interface)| {
-            self.veths.iter().any(|veth| {
-                veth.host_index.0 == interface.host_ifindex
-                    && veth.host_name == interface.host_interface
-            })
+            interface
+                .host_napi
+                .is_some_and(|napi| napis.contains(&NapiId(napi)))
         })?;
         Some(format!(
             "{} is polled already, for {}/{} by process {}",

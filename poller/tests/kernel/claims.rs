@@ -216,3 +216,75 @@ fn no_two_hold_a_cpu_at_the_same_time() {
         }
     });
 }
+
+/// A machine of two nodes, CPUs 0-3 and 4-7, siblings 0+1, 2+3 and so on.
+fn two_nodes() -> Place {
+    let sys = tempfile::tempdir().expect("tempdir");
+    let system = sys.path().join("devices/system");
+    for cpu in 0..8 {
+        let dir = system.join(format!("cpu/cpu{cpu}/topology"));
+        std::fs::create_dir_all(&dir).expect("mkdir");
+        let first = cpu / 2 * 2;
+        let siblings = format!("{first},{}\n", first + 1);
+        std::fs::write(dir.join("thread_siblings_list"), siblings).expect("write");
+    }
+    std::fs::write(system.join("cpu/online"), "0-7\n").expect("write");
+    for (node, cpus) in [("node0", "0-3\n"), ("node1", "4-7\n")] {
+        let dir = system.join("node").join(node);
+        std::fs::create_dir_all(&dir).expect("mkdir");
+        std::fs::write(dir.join("cpulist"), cpus).expect("write");
+    }
+    let mut place = Place::new("0-7", "0-7", None);
+    place.topology = Topology::read_from(sys.path()).expect("topology");
+    place
+}
+
+#[test]
+fn workers_stay_on_the_pods_numa_node_and_off_its_siblings() {
+    let mut place = two_nodes();
+    for (pool, cpuset, dedicated, shared) in [
+        // The far node is worse than a sibling for none, and the near one has free cores.
+        ("0-7", "0-1", 2, 2),
+        ("0-7", "4", 6, 6),
+        // Only siblings are left near: a dedicated worker rather goes far than disturb the pod's core.
+        ("1,4", "0", 4, 1),
+        // Only far ones.
+        ("4-7", "0-3", 4, 4),
+    ] {
+        place.pool = pool.parse().expect("pool");
+        place.cpuset = Some(cpuset.parse().expect("cpuset"));
+        let claim = claim::dedicated(&place.site()).expect("claim");
+        assert_eq!(claim.cpu(), CpuId(dedicated), "dedicated {pool} {cpuset}");
+        drop(claim);
+        let claim = claim::shared(&place.site()).expect("claim");
+        assert_eq!(claim.cpu(), CpuId(shared), "shared {pool} {cpuset}");
+    }
+}
+
+#[test]
+fn shared_workers_go_where_the_least_load_is() {
+    let mut place = Place::new("0-7", "0,2,4", None);
+    place.load = [(CpuId(0), 50_000), (CpuId(2), 20_000), (CpuId(4), 90_000)].into();
+    let claim = claim::shared(&place.site()).expect("claim");
+    assert_eq!(claim.cpu(), CpuId(2));
+    // A few packets are no load.
+    place.load = [(CpuId(0), 900), (CpuId(2), 20), (CpuId(4), 0)].into();
+    let claim = claim::shared(&place.site()).expect("claim");
+    assert_eq!(claim.cpu(), CpuId(0));
+}
+
+#[test]
+fn cpus_that_others_were_given_are_never_used_and_named() {
+    let mut place = Place::new("0-3", "0-1", None);
+    place.reserved = [(CpuId(0), "given to container db".to_owned())].into();
+    let claim = claim::shared(&place.site()).expect("claim");
+    assert_eq!(claim.cpu(), CpuId(1));
+    place.reserved.insert(CpuId(1), "given to web".to_owned());
+    let error = claim::dedicated(&place.site())
+        .expect_err("none")
+        .to_string();
+    assert!(
+        error.contains("CPU 0 is given to container db") && error.contains("CPU 1 is given to web"),
+        "{error}"
+    );
+}

@@ -1044,3 +1044,69 @@ fn a_daemon_whose_log_is_closed_goes_on() {
     refused(&mut client, &AttachRequest::default());
     assert_eq!(names(&mut client), Vec::<String>::new());
 }
+
+/// Three pods on two cores: the two that share a hot one are parted, and all are polled on.
+#[test]
+fn a_pod_is_moved_whole_from_a_hot_core() {
+    let cpus = kbp_kernel::cpu::usable().expect("cpus");
+    assert!(cpus.len() > 1, "this test takes two CPUs");
+    let (first, second) = (cpus.iter().next().expect("one"), any_cpu());
+    let node = Node::new();
+    // Whatever has traffic is hot.
+    let config = format!("cpus = \"{first},{second}\"\nhot = 1");
+    let daemon = Daemon::start(&node, &config);
+    let mut client = daemon.client();
+    let extra: Vec<Netns> = (0..2)
+        .map(|_| Netns::create().expect("namespace"))
+        .collect();
+    for (n, pod) in extra.iter().enumerate() {
+        add_veth(&node.host, pod, &format!("v{n}"));
+    }
+    attached(&mut client, &request("loud", &node.pod));
+    attached(&mut client, &request("b", &extra[0]));
+    attached(&mut client, &request("c", &extra[1]));
+    let cpu_of = |client: &mut Client, id: &str| {
+        let pods = client.list().expect("list");
+        let pod = pods.into_iter().find(|p| p.id == id).expect("the pod");
+        pod.worker.expect("a worker").cpu
+    };
+    let loud = cpu_of(&mut client, "loud");
+    let neighbour = ["b", "c"]
+        .into_iter()
+        .find(|id| cpu_of(&mut client, id) == loud);
+    let neighbour = neighbour.expect("three pods on two cores");
+    let n = if neighbour == "b" { 0 } else { 1 };
+    ip(&node.host, &format!("address add 10.201.0.1/30 dev v{n}"));
+    ip(&node.host, &format!("link set v{n} up"));
+    ip(&extra[n], "address add 10.201.0.2/30 dev eth0");
+    let _traffic = node.traffic();
+    let socket = extra[n].run(|| std::net::UdpSocket::bind("0.0.0.0:0"));
+    let socket = socket.expect("enter").expect("bind");
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                // Nobody listens: some sends tell that of an earlier one.
+                let _ = socket.send_to(&[0; 64], "10.201.0.1:9");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
+        let moved = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            wait_until("one of the two to be moved", || {
+                client.renew(LIMIT);
+                (cpu_of(&mut client, "loud") != cpu_of(&mut client, neighbour)).then_some(())
+            });
+        }));
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        moved.expect("moved");
+    });
+    client.renew(LIMIT);
+    let moved = client.list().expect("list");
+    let moved: Vec<&Pod> = moved
+        .iter()
+        .filter(|p| p.worker_reason.contains("moved to CPU"))
+        .collect();
+    assert!(!moved.is_empty(), "{moved:?}");
+    assert!(moved.iter().all(|p| p.degraded.is_empty()), "{moved:?}");
+    node.wait_polled(100);
+}

@@ -1,11 +1,14 @@
 //! Links that change under an attachment.
 
+use std::os::fd::{AsFd, AsRawFd};
+
 use kbp_kernel::ethtool::{self, Features};
 use kbp_kernel::link::Batch;
+use kbp_kernel::netns::Netns;
 use kbp_poller::attach::Attachment;
 use kbp_poller::state::{self, InterfaceState, Part};
 
-use crate::node::{Node, execute, wait_until};
+use crate::node::{Node, execute, ip, wait_until};
 
 fn interface(attachment: &Attachment) -> InterfaceState {
     attachment.state().interfaces.remove(0)
@@ -142,4 +145,76 @@ fn when_the_veth_is_gone_the_worker_ends() {
     );
     attachment.detach().expect("detach");
     assert_eq!(node.state_files(), Vec::<String>::new());
+}
+
+#[test]
+fn an_interface_that_comes_after_all_were_gone_is_polled_again() {
+    let node = Node::new();
+    let attachment = node.attached(node.dedicated("a"));
+    let mut batch = Batch::new();
+    batch.delete_link(node.host_link("vhost0").index);
+    execute(&node.host, &batch);
+    wait_until("the end of the worker", || {
+        attachment.state().worker.is_none().then_some(())
+    });
+    // The CPU is free for others in between.
+    assert_eq!(node.state_files(), ["pods/a@test.json"]);
+    node.add_veth("vhost0", "eth0", 3);
+    node.address("vhost0", "eth0");
+    wait_until("another worker", || {
+        let state = attachment.state();
+        (state.worker.is_some() && state.degraded.is_empty()).then_some(())
+    });
+    let _traffic = node.traffic();
+    node.wait_polled(200);
+}
+
+#[test]
+fn renamed_ends_are_followed_by_their_new_names() {
+    let node = Node::new();
+    let attachment = node.attached(node.dedicated("a"));
+    let before = interface(&attachment);
+    ip(&node.host, "link set vhost0 name renamed0");
+    ip(&node.pod, "link set eth0 name net1");
+    let now = wait_until("the new names", || {
+        let now = interface(&attachment);
+        (now.host_interface == "renamed0" && now.pod_interface == "net1").then_some(now)
+    });
+    assert_eq!(now.host_napi, before.host_napi);
+    assert_eq!(attachment.state().degraded, []);
+    let _traffic = node.traffic();
+    node.wait_polled(200);
+}
+
+#[test]
+fn an_end_that_is_moved_away_is_reported_and_polled_again_when_it_is_back() {
+    let node = Node::new();
+    let attachment = node.attached(node.dedicated("a"));
+    let elsewhere = Node::empty();
+    let move_to = |from: &Netns, to: &Netns| {
+        let fd = to.as_fd().as_raw_fd();
+        // `ip` takes the number of a process or a name; its own descriptor has the form of a process' namespace.
+        let path = format!("/proc/{}/fd/{fd}", std::process::id());
+        ip(from, &format!("link set vhost0 netns {path}"));
+    };
+    move_to(&node.host, &elsewhere.host);
+    let reason = wait_until("the report", || {
+        let degraded = attachment.state().degraded;
+        let found = degraded.into_iter().find(|d| d.part == Part::PollableVeth);
+        found.map(|d| d.reason)
+    });
+    assert!(
+        reason.contains("not in the host's network namespace"),
+        "{reason}"
+    );
+    move_to(&elsewhere.host, &node.host);
+    ip(&node.host, "link set vhost0 up");
+    ip(&node.host, "address add 10.200.0.1/30 dev vhost0");
+    // The host's events were asked for by the index that it had; the pod's end sees its peer's carrier.
+    wait_until("the veth to be whole again", || {
+        let state = attachment.state();
+        (state.degraded.is_empty() && state.interfaces.len() == 1).then_some(())
+    });
+    let _traffic = node.traffic();
+    node.wait_polled(200);
 }

@@ -67,7 +67,7 @@ impl Node {
         execute(&self.pod, &batch);
     }
 
-    fn address(&self, host_name: &str, pod_name: &str) {
+    pub(crate) fn address(&self, host_name: &str, pod_name: &str) {
         for (netns, name, address) in [
             (&self.host, host_name, HOST_ADDRESS),
             (&self.pod, pod_name, POD_ADDRESS),

@@ -149,6 +149,42 @@ fn a_killed_owner_leaves_no_claim_and_the_next_attach_clears_its_files() {
 }
 
 #[test]
+fn what_a_killed_one_changed_is_put_back_by_the_next() {
+    let node = Node::new();
+    let ends = [(&node.host, "vhost0"), (&node.pod, "eth0")];
+    let features = || ends.map(|(n, name)| ethtool::features(n, name).expect("features"));
+    let before = features();
+    let (mut tool, _) = Tool::start(&node, "", &["--id", "first"]);
+    let changed = features();
+    assert_ne!(before, changed);
+    tool.child.kill().expect("kill -9");
+    tool.child.wait().expect("wait");
+    let (tool, _) = Tool::start(&node, "", &["--id", "second"]);
+    tool.signal(SIGTERM);
+    let (_, status) = tool.end();
+    assert!(status.success(), "{status}");
+    assert_eq!(features(), before);
+    let records = || {
+        let dir = std::fs::read_dir(node.state_dir().join("offloads")).expect("records");
+        dir.count()
+    };
+    assert_eq!(records(), 0);
+
+    // A record of a veth that is gone goes with the next attach, and is not taken for that of another.
+    let (mut tool, _) = Tool::start(&node, "", &["--id", "third"]);
+    tool.child.kill().expect("kill -9");
+    tool.child.wait().expect("wait");
+    assert_eq!(records(), 1);
+    crate::node::ip(&node.host, "link del vhost0");
+    node.add_veth("vhost0", "eth0", 7);
+    let (tool, _) = Tool::start(&node, "", &["--id", "fourth"]);
+    assert_eq!(records(), 1);
+    tool.signal(SIGTERM);
+    assert!(tool.end().1.success());
+    assert_eq!((features(), records()), (before, 0));
+}
+
+#[test]
 fn it_ends_when_the_pod_does() {
     let node = Node::new();
     let (tool, _) = Tool::start(&node, "", &["--id", "gone"]);
