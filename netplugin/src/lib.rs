@@ -11,6 +11,7 @@ mod bridge;
 mod cni;
 mod ipam_local;
 mod masquerade;
+mod poller;
 mod rehearsal;
 mod routed;
 mod sysctl;

@@ -7,7 +7,7 @@ use crate::link::{Batch, RouteSocket, VethPair};
 use crate::napi::{Napi, NapiSettings, NetdevSocket, Threaded};
 use crate::netns::Netns;
 use crate::nft::MasqueradeTable;
-use crate::{Error, MacAddr, Mtu, Result};
+use crate::{Error, IfIndex, MacAddr, Mtu, Result};
 
 /// A veth end in a throw-away namespace gets a NAPI instance once GRO is on.
 ///
@@ -16,6 +16,14 @@ use crate::{Error, MacAddr, Mtu, Result};
 /// said when a veth cannot be made at all.
 pub fn veth_napi() -> Result<()> {
     PolledVeth::new().map(|_| ())
+}
+
+/// A veth pair can be made with each end in its namespace, and takes the features with which it can be polled.
+///
+/// # Errors
+/// What the kernel said to the part that failed.
+pub fn veth_features() -> Result<()> {
+    pollable_veth().map(|_| ())
 }
 
 /// The netdev family answers `napi-get`.
@@ -76,33 +84,9 @@ struct PolledVeth {
 
 impl PolledVeth {
     fn new() -> Result<Self> {
-        let (host, pod) = (Netns::create()?, Netns::create()?);
-        let mut route = RouteSocket::open_in(&host)?;
-        let mut batch = Batch::new();
-        batch.create_veth(&VethPair {
-            host_name: "probe",
-            host_mac: MacAddr([2, 0, 0, 0, 0, 1]),
-            pod_name: "probe",
-            pod_mac: MacAddr([2, 0, 0, 0, 0, 2]),
-            pod_netns: &pod,
-            mtu: Mtu(1500),
-            tx_queue_len: 1,
-        });
-        route.execute(&batch)?;
-        let link = route.link_by_name("probe")?;
-        let link = link.ok_or_else(|| Error::NotFound {
-            what: "the new veth".to_owned(),
-        })?;
+        let (host, pod, link) = pollable_veth()?;
         let mut socket = NetdevSocket::open_in(&host)?;
-        set_features(
-            &host,
-            "probe",
-            Features {
-                gro: true,
-                tso: false,
-            },
-        )?;
-        match socket.napis(link.index)?.pop() {
+        match socket.napis(link)?.pop() {
             Some(napi) => Ok(Self {
                 socket,
                 napi,
@@ -115,4 +99,31 @@ impl PolledVeth {
             }),
         }
     }
+}
+
+/// Both namespaces of a pair, and its host end, which is up with the features that polling takes.
+fn pollable_veth() -> Result<(Netns, Netns, IfIndex)> {
+    let (host, pod) = (Netns::create()?, Netns::create()?);
+    let mut route = RouteSocket::open_in(&host)?;
+    let mut batch = Batch::new();
+    batch.create_veth(&VethPair {
+        host_name: "probe",
+        host_mac: MacAddr([2, 0, 0, 0, 0, 1]),
+        pod_name: "probe",
+        pod_mac: MacAddr([2, 0, 0, 0, 0, 2]),
+        pod_netns: &pod,
+        mtu: Mtu(1500),
+        tx_queue_len: 1,
+    });
+    route.execute(&batch)?;
+    let link = route.link_by_name("probe")?;
+    let link = link.ok_or_else(|| Error::NotFound {
+        what: "the new veth".to_owned(),
+    })?;
+    let pollable = Features {
+        gro: true,
+        tso: false,
+    };
+    set_features(&host, "probe", pollable)?;
+    Ok((host, pod, link.index))
 }

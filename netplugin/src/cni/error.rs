@@ -40,6 +40,8 @@ impl Code {
     pub(crate) const CHANGED: Self = Self(103);
     /// The interface cannot be polled, and the config says that it has to be.
     pub(crate) const NOT_POLLABLE: Self = Self(104);
+    /// kbp-poller does not poll the interface, and the config says that it has to.
+    pub(crate) const NOT_POLLED: Self = Self(105);
     /// The built-in IPAM has no free address, or the one that is asked for is leased.
     pub(crate) const EXHAUSTED: Self = Self(110);
 }

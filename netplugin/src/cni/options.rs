@@ -8,6 +8,7 @@ use super::env::{Call, is_ifname};
 use super::error::{CniError, Code, Result};
 use super::ipam::{self, RouteConfig};
 use super::json::{boolean, is_empty, number, object, string};
+use crate::poller::PollerOptions;
 use crate::sysctl::PodSysctl;
 
 /// Packets that a qdisc holds and the transmit queue length of both ends, unless the config says otherwise.
@@ -19,6 +20,7 @@ const DEFAULT_BRIDGE: &str = "kbp0";
 const MAX_QUEUES: u64 = 64;
 const ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
 const ANNOTATED_PROFILE: &str = "kbp.io/profile";
+const ANNOTATED_WORKER: &str = "kbp.io/worker";
 const PROFILES: &str = "\"latency\", \"throughput\"";
 const MACS: &str = "a unicast address of six hexadecimal bytes, e.g. \"02:00:5e:10:00:01\"";
 
@@ -80,8 +82,12 @@ pub(crate) struct Options {
     pub(crate) routes: Vec<RouteConfig>,
     /// Kernel switches of the pod's namespace.
     pub(crate) sysctls: Vec<PodSysctl>,
-    /// Mode `tune`: whether an interface that cannot be polled is an error.
+    /// Whether an interface that cannot be polled is an error.
     pub(crate) required: bool,
+    /// See [`PollerOptions`]; None: the node's poller is not told of the pod.
+    pub(crate) poller: Option<PollerOptions>,
+    /// The pod's wish for a worker (`kbp.io/worker`), which is the poller's to judge.
+    pub(crate) worker: Option<String>,
 }
 
 impl Options {
@@ -111,6 +117,8 @@ impl Options {
             routes: routes(json)?,
             sysctls: sysctls(json, &call.ifname)?,
             required: boolean(json, "required")?,
+            poller: PollerOptions::read(json)?,
+            worker: worker(json)?,
         })
     }
 }
@@ -149,13 +157,25 @@ fn mode(json: &Map<String, Value>, is_default_gateway: bool) -> Result<Mode> {
     }
 }
 
+/// The pod's annotations, where the runtime gives them.
+fn annotations(json: &Map<String, Value>) -> Result<Option<&Map<String, Value>>> {
+    match object(json, "runtimeConfig", "runtimeConfig")? {
+        Some(runtime) => object(runtime, ANNOTATIONS, ANNOTATIONS),
+        None => Ok(None),
+    }
+}
+
+fn worker(json: &Map<String, Value>) -> Result<Option<String>> {
+    let Some(annotations) = annotations(json)? else {
+        return Ok(None);
+    };
+    let worker = string(annotations, ANNOTATED_WORKER, "a string")?;
+    Ok(worker.filter(|text| !text.is_empty()).map(str::to_owned))
+}
+
 /// The pod's annotation goes before the config, which is for all.
 fn profile(json: &Map<String, Value>) -> Result<Profile> {
-    let annotations = match object(json, "runtimeConfig", "runtimeConfig")? {
-        Some(runtime) => object(runtime, ANNOTATIONS, ANNOTATIONS)?,
-        None => None,
-    };
-    let annotated = annotations.and_then(|all| all.get(ANNOTATED_PROFILE));
+    let annotated = annotations(json)?.and_then(|all| all.get(ANNOTATED_PROFILE));
     let (key, value) = match annotated.filter(|value| !is_empty(value)) {
         Some(value) => (ANNOTATED_PROFILE, value),
         None => ("profile", json.get("profile").unwrap_or(&Value::Null)),
@@ -240,6 +260,8 @@ mod tests {
             routes: Vec::new(),
             sysctls: Vec::new(),
             required: false,
+            poller: None,
+            worker: None,
         };
         for config in [
             json!({}),

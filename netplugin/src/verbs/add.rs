@@ -33,12 +33,11 @@ pub(crate) fn add(
     let options = Options::read(&config.json, call)?;
     config.prev_result()?;
     config.dns()?;
+    let attachment = Attachment::new(&config.name, &call.container_id, &call.ifname);
     if options.mode == Mode::Tune {
-        let result = tune::add(call, config, &options)?;
-        return deliver(&result).map_err(|error| tune::undo(call, error));
+        return tune(call, config, &options, &attachment, deliver);
     }
     let ipam = Ipam::find(config, call)?;
-    let attachment = Attachment::new(&config.name, &call.container_id, &call.ifname);
     let mut host = Side::host()?;
     let (mut pod, sandbox) = open_pod(call, &host)?;
     wire::refuse_existing(&mut host, &mut pod, &attachment)?;
@@ -53,8 +52,33 @@ pub(crate) fn add(
         made: Made::default(),
     };
     add.run(sandbox)
+        .and_then(|result| add.register(sandbox).map(|()| result))
         .and_then(|result| deliver(&result))
         .map_err(|error| add.undo(error))
+}
+
+fn tune(
+    call: &Call,
+    config: &Config,
+    options: &Options,
+    attachment: &Attachment,
+    deliver: impl FnOnce(&Value) -> Result<()>,
+) -> Result<()> {
+    let result = tune::add(call, config, options)?;
+    let poller = options.poller.as_ref().zip(call.netns.as_deref());
+    let registered = match poller {
+        Some((poller, netns)) => poller.register(attachment, netns, options),
+        None => Ok(false),
+    };
+    registered
+        .and_then(|registered| {
+            deliver(&result).inspect_err(|_| {
+                if let Some((poller, _)) = poller.filter(|_| registered) {
+                    poller.unregister(attachment);
+                }
+            })
+        })
+        .map_err(|error| tune::undo(call, error))
 }
 
 /// What there is to undo.
@@ -65,6 +89,7 @@ struct Made {
     masquerade: bool,
     bridge: Option<Base>,
     sysctls: Vec<PodSysctl>,
+    registration: bool,
 }
 
 #[derive(Debug)]
@@ -208,6 +233,13 @@ impl Add<'_> {
         Ok(())
     }
 
+    fn register(&mut self, sandbox: &Path) -> Result<()> {
+        if let Some(poller) = &self.options.poller {
+            self.made.registration = poller.register(&self.attachment, sandbox, &self.options)?;
+        }
+        Ok(())
+    }
+
     fn make_ready(&mut self, host: Vec<IpAddr>, pod: Vec<IpAddr>) -> Result<()> {
         wire::await_addresses((&mut self.host, host), (&mut self.pod, pod))
     }
@@ -249,6 +281,14 @@ impl Add<'_> {
     /// Takes back what was made, in the opposite order, all of it even when a part fails.
     fn undo(&mut self, error: CniError) -> CniError {
         let mut failed = Vec::new();
+        if let Some(poller) = self
+            .options
+            .poller
+            .as_ref()
+            .filter(|_| self.made.registration)
+        {
+            poller.unregister(&self.attachment);
+        }
         for before in std::mem::take(&mut self.made.sysctls).iter().rev() {
             let restored = self.pod.netns.run(|| before.set());
             failed.extend(restored.map_err(CniError::from).and_then(|set| set).err());

@@ -27,11 +27,12 @@ pub(crate) fn check(call: &Call, config: &Config) -> Result<()> {
     let attachment = Attachment::new(&config.name, &call.container_id, &call.ifname);
     let mut host = Side::host()?;
     let (mut pod, _) = open_pod(call, &host)?;
+    let polled = options.poller.as_ref().filter(|poller| poller.required);
+    let unpolled = polled.and_then(|poller| poller.difference(&attachment));
     if options.mode == Mode::Tune {
-        return judge(
-            &attachment,
-            tune::differences(&mut host, &pod, &attachment, &options)?,
-        );
+        let mut found = tune::differences(&mut host, &pod, &attachment, &options)?;
+        found.extend(unpolled);
+        return judge(&attachment, found);
     }
     let ipam = Ipam::find(config, call)?;
     let expected = expected(previous, &attachment, &options.mode)?;
@@ -46,6 +47,7 @@ pub(crate) fn check(call: &Call, config: &Config) -> Result<()> {
             found.push(format!("{address} is not masqueraded"));
         }
     }
+    found.extend(unpolled);
     judge(&attachment, found)?;
     ipam.check()
 }

@@ -6,6 +6,7 @@ use crate::cni::config::Config;
 use crate::cni::delegate::Ipam;
 use crate::cni::env::Call;
 use crate::cni::error::{CniError, Result};
+use crate::poller::PollerOptions;
 use crate::wire::{self, Side};
 use crate::{masquerade, tune};
 
@@ -14,6 +15,10 @@ pub(crate) fn del(call: &Call, config: &Config) -> Result<()> {
     let attachment = Attachment::new(&config.name, &call.container_id, &call.ifname);
     let mut host = Side::host()?;
     let mut failed = Vec::new();
+    // Whatever else the config says, and whatever becomes of it: DEL does not fail because of the poller.
+    if let Ok(Some(poller)) = PollerOptions::read(&config.json) {
+        poller.unregister(&attachment);
+    }
     // The address is given back last: who gets it next shall not find our route to it.
     failed.extend(wire::delete_host_end(&mut host, &attachment).err());
     let owner = attachment.masquerade_owner();

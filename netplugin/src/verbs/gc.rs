@@ -10,6 +10,7 @@ use crate::cni::delegate::Ipam;
 use crate::cni::env::Call;
 use crate::cni::error::{CniError, Result};
 use crate::masquerade;
+use crate::poller::PollerOptions;
 use crate::wire::{self, Side};
 
 /// Removes every host end and every masqueraded address of this network whose attachment is not in
@@ -32,6 +33,9 @@ pub(crate) fn gc(call: &Call, config: &Config) -> Result<()> {
     });
     for attachment in &stale {
         failed.extend(wire::delete_host_end(&mut host, attachment).err());
+    }
+    if let Ok(Some(poller)) = PollerOptions::read(&config.json) {
+        poller.collect(&config.name, &valid);
     }
     let owners: BTreeSet<_> = valid.iter().map(Attachment::masquerade_owner).collect();
     let network = format!("{}/", config.name);

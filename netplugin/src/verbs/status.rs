@@ -1,6 +1,7 @@
-//! STATUS: could an ADD work?
+//! STATUS: could an ADD work? That pods can be polled is a condition only where the config says that they have to.
 
 use kbp_kernel::link::{LinkKind, RouteSocket};
+use kbp_kernel::probe;
 
 use crate::cni::config::Config;
 use crate::cni::delegate::Ipam;
@@ -29,6 +30,18 @@ pub(crate) fn status(call: &Call, config: &Config) -> Result<()> {
     {
         let msg = format!("bridge: {link:?} is another kind of link");
         return Err(CniError::new(Code::NOT_AVAILABLE, msg));
+    }
+    if let Some(poller) = options.poller.filter(|poller| poller.required) {
+        poller.answers().map_err(|error| {
+            let msg = format!("{error}; onUnavailable is \"fail\"");
+            CniError::new(Code::NOT_AVAILABLE, msg)
+        })?;
+    }
+    if options.required {
+        probe::veth_features().map_err(|error| {
+            let msg = format!("{error}; the network config has \"required\": true");
+            CniError::new(Code::NOT_AVAILABLE, msg)
+        })?;
     }
     if !config.wants_ipam() {
         return Ok(());

@@ -66,10 +66,22 @@ fn is_plugin(tid: u32) -> bool {
 
 /// Has every step of ADD fail in turn; how many there were.
 fn every_step(world: &World, pod: &Pod, config: &Value, clean: impl Fn(&World)) -> usize {
+    every_step_with(world, pod, config, clean, String::new)
+}
+
+/// As [`every_step`], with something else that has to be as it was.
+pub(crate) fn every_step_with(
+    world: &World,
+    pod: &Pod,
+    config: &Value,
+    clean: impl Fn(&World),
+    more: impl Fn() -> String,
+) -> usize {
     // What an ADD that succeeds switches on stays on: others may need it.
     world.set_sysctl("net/ipv4/ip_forward", "1");
     world.set_sysctl("net/ipv6/conf/all/forwarding", "1");
-    let before = (world.dump(), pod.dump());
+    let state = || (world.dump(), pod.dump(), more());
+    let before = state();
     let mut failed = 0;
     for n in 1..LIMIT {
         let Some(answer) = add_with_failing_step(world, pod, config, n) else {
@@ -85,7 +97,7 @@ fn every_step(world: &World, pod: &Pod, config: &Value, clean: impl Fn(&World)) 
             assert!(code >= 2 && !msg.is_empty(), "step {n}: {answer:?}");
             assert!(!details.contains("undone"), "step {n}: {answer:?}");
         }
-        assert_eq!((world.dump(), pod.dump()), before, "step {n}: {answer:?}");
+        assert_eq!(state(), before, "step {n}: {answer:?}");
     }
     panic!("ADD has {LIMIT} steps or more");
 }

@@ -20,6 +20,7 @@
 //! | calls at once; unknown keys; runtimeConfig before args before CNI_ARGS | `parallel`, `contract::unknown_keys…`, unit tests of `cni::options` |
 //! | capabilities | `attach::an_address…`, `options::an_annotation…`, `contract::unknown_keys…` |
 //! | replacing the binary | `contract::the_binary…` |
+//! | registering with kbp-poller: there, absent, refusing, silent | `poller` |
 //! | libcni: lists, cached results, changed configs, drop-in files | `libcni` (with Go) |
 //! | random stdin and environment | `fuzz` |
 //! | a smaller MTU on the way | `contract::a_pod_of_another_plugin…`, `matrix`, `lifecycle::only_what_leaves…` |
@@ -41,6 +42,7 @@ mod node;
 mod options;
 mod parallel;
 mod pollable;
+mod poller;
 mod random;
 mod traffic;
 mod tune;
