@@ -66,10 +66,11 @@ bench-window: needs-root deps build
 	$(RELEASE)/kbp-bench-window $(BENCH_ARGS)
 
 # The end-to-end tests run the release binaries, which are what is installed; the tests themselves are built with unwinding and checks.
-# They also use the containerd packages and the kernels of other suites, unpacked beside the machine's own; without them the tests
-# say what is missing.
+# They also use the containerd packages and the kernels of other suites, unpacked beside the machine's own, and clients written in Go;
+# without them the tests say what is missing.
 test: needs-root deps build
 	-@for suite in trixie forky; do tests/scripts/fetch-containerd $$suite $(CURDIR)/target; done
+	-@tests/scripts/fetch-go-tools $(CURDIR)/target
 	-@for series in 6.1 7; do tests/scripts/fetch-kernel $$series $(CURDIR)/target; done
 	KBP_BIN_DIR=$(CURDIR)/$(RELEASE) $(CARGO) test --locked --workspace --no-fail-fast
 

@@ -260,6 +260,15 @@ pub fn set_thp_disabled(disabled: bool) -> Result<()> {
     Ok(())
 }
 
+/// Gives memory that the allocator holds and nobody uses back to the kernel. Takes about a millisecond for each few megabytes of heap.
+pub fn return_free_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: no pointers; it takes the allocator's own locks.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// prctl(2) with one plain value. The kernel reads every argument at full width and wants the unused ones zero.
 fn prctl(option: i32, value: libc::c_ulong) -> i32 {
     const UNUSED: libc::c_ulong = 0;

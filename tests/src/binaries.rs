@@ -36,6 +36,23 @@ pub fn kbp_binary(name: &str) -> Result<PathBuf> {
     })
 }
 
+/// A client of containerd that is written in Go and that `tests/scripts/fetch-go-tools` builds into the target directory.
+pub fn go_tool(name: &str) -> Result<PathBuf> {
+    let path = std::env::var_os("KBP_GO_TOOLS_DIR")
+        .map(PathBuf::from)
+        .or_else(|| target_dir().map(|target| target.join("go-tools/bin")))
+        .unwrap_or_default()
+        .join(name);
+    if path.is_file() {
+        return Ok(path);
+    }
+    Err(Error::Missing {
+        what: path.display().to_string(),
+        remedy: "run tests/scripts/fetch-go-tools, which needs Go and the Go module proxy"
+            .to_owned(),
+    })
+}
+
 /// The cargo target directory: the nearest parent of the running executable that has cargo's tag in it.
 pub fn target_dir() -> Option<PathBuf> {
     let executable = std::env::current_exe().ok()?;

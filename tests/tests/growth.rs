@@ -45,7 +45,7 @@ impl Size {
         }
     }
 
-    /// Once nothing is going on: threads for blocking work stay for a second.
+    /// Once nothing is going on: threads for blocking work stay for a second, and so does memory.
     fn at_rest(pid: u32) -> Self {
         let mut last = Self::of(pid);
         let mut since = Instant::now();
@@ -55,7 +55,7 @@ impl Size {
                 last = now;
                 since = Instant::now();
             }
-            match since.elapsed() > Duration::from_millis(1500) {
+            match since.elapsed() > Duration::from_millis(2500) {
                 true => Ok(now),
                 false => Err(format!("{now:?}")),
             }

@@ -1,7 +1,9 @@
 //! containerd's Task service over this shim's containers.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use containerd_shim_protos::api;
@@ -25,7 +27,12 @@ pub struct TaskService {
     /// By id; None while the container is being created.
     containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
     shutdown: watch::Sender<bool>,
+    /// Whether memory is about to be given back.
+    tidying: Arc<AtomicBool>,
 }
+
+/// How long after a deletion memory is given back: many may come at once.
+const TIDY_DELAY: Duration = Duration::from_secs(1);
 
 /// An id that is taken while its container is being created.
 struct Reservation<'a> {
@@ -49,6 +56,7 @@ impl TaskService {
             around,
             containers: Mutex::default(),
             shutdown: watch::Sender::new(false),
+            tidying: Arc::default(),
         }
     }
 
@@ -104,6 +112,19 @@ impl TaskService {
         Ok(pid)
     }
 
+    /// The creation of many containers at a time leaves holes in the heap, which would count as long as the shim lives.
+    fn tidy_later(&self) {
+        if self.containers().is_empty() || self.tidying.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let tidying = Arc::clone(&self.tidying);
+        tokio::spawn(async move {
+            tokio::time::sleep(TIDY_DELAY).await;
+            tidying.store(false, Ordering::Release);
+            let _ = tokio::task::spawn_blocking(kbp_kernel::process::return_free_memory).await;
+        });
+    }
+
     async fn delete_container(&self, id: &str) -> Result<api::DeleteResponse> {
         let container = self.container(id)?;
         container.delete().await?;
@@ -112,6 +133,7 @@ impl TaskService {
         if self.containers().remove(id).is_none() {
             return Err(Error::NotFound("container not created".to_owned()));
         }
+        self.tidy_later();
         self.around.publisher.publish(&events::TaskDelete {
             container_id: id.to_owned(),
             pid: response.pid,
