@@ -1,9 +1,11 @@
 //! Other processes: pidfds, their file descriptors and memory, signals; scheduling of threads; reaping of children.
 
+mod capabilities;
 mod parent;
 mod reap;
 mod scheduling;
 
+pub use capabilities::{Capability, give_up};
 pub use parent::end_with_parent;
 pub use reap::{Exit, ExitInfo, become_subreaper, consume, peek_ended, wait_any_peek};
 pub use scheduling::{

@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::Context;
 use containerd_shim_protos::shim_async::{Task, create_task};
 use containerd_shim_protos::ttrpc;
+use kbp_kernel::process::{Capability, give_up};
 use kbp_poller::config::Config;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -28,6 +29,34 @@ const WORKERS: usize = 2;
 /// How long the last events may take to reach containerd.
 const FLUSH_LIMIT: Duration = Duration::from_secs(10);
 
+/// What the server does not need. What it keeps and one might not expect: an overlay that it mounts is worked on with the mounter's
+/// capabilities, so those that a container uses on its files (owners, modes, device nodes, file capabilities) have to stay.
+const NOT_NEEDED: [Capability; 23] = [
+    Capability::SetGid,
+    Capability::SetUid,
+    Capability::SetPcap,
+    Capability::NetBindService,
+    Capability::NetBroadcast,
+    Capability::NetRaw,
+    Capability::IpcOwner,
+    Capability::SysModule,
+    Capability::SysRawio,
+    Capability::SysPacct,
+    Capability::SysBoot,
+    Capability::SysTime,
+    Capability::SysTtyConfig,
+    Capability::Lease,
+    Capability::AuditWrite,
+    Capability::AuditControl,
+    Capability::Syslog,
+    Capability::WakeAlarm,
+    Capability::BlockSuspend,
+    Capability::AuditRead,
+    Capability::Perfmon,
+    Capability::Bpf,
+    Capability::CheckpointRestore,
+];
+
 /// OCI runtime where containerd's options name none. A config that cannot be read is reported when a container is created.
 pub fn default_runtime() -> String {
     Config::load().map_or_else(|_| "runc".to_owned(), |config| config.runtime)
@@ -42,6 +71,14 @@ pub fn serve(flags: &Flags) -> anyhow::Result<()> {
     // A page that is 2 MiB large costs what the whole server should need. Not vital.
     if let Err(error) = kbp_kernel::process::set_thp_disabled(true) {
         tracing::debug!("{error}");
+    }
+    // Before there are other threads. The OCI runtime, which root executes, has all of them again.
+    match give_up(&NOT_NEEDED) {
+        Ok(true) => {}
+        Ok(false) => {
+            tracing::debug!("capabilities are kept: the OCI runtime would not get them back")
+        }
+        Err(error) => tracing::warn!("{error}"),
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)

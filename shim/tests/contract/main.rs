@@ -3,6 +3,7 @@
 //! Needs root, runc and busybox-static.
 
 mod bootstrap;
+mod hostile;
 mod lifecycle;
 mod mounts;
 mod runtimes;

@@ -1,6 +1,7 @@
 //! Pods as the kubelet makes them, through containerd's CRI plugin with the handler of `config/containerd/`.
 
 mod messages;
+mod tools;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
