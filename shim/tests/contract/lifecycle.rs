@@ -443,18 +443,6 @@ async fn what_cannot_be_done_is_refused_with_its_code() {
         );
     }
 
-    let checkpoint = api::CheckpointTaskRequest {
-        id: "c".to_owned(),
-        path: "/nonexistent".to_owned(),
-        ..Default::default()
-    };
-    let has_criu = std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default())
-        .any(|directory| directory.join("criu").is_file());
-    let (code, message) = refused(shim.checkpoint(&checkpoint).await);
-    if !has_criu {
-        assert_eq!(code, Code::UNIMPLEMENTED);
-        assert!(message.contains("criu"), "{message}");
-    }
     shim.signal("c", "", KILL).await.expect("kill");
     shim.exit_status("c", "").await;
     let (code, message) = refused(shim.signal("c", "", TERM).await);

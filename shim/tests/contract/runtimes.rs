@@ -6,9 +6,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api;
-use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
-use containerd_shim_protos::ttrpc::Code;
+use containerd_shim_protos::protobuf::{Message, MessageField};
+use containerd_shim_protos::shim::oci::CheckpointOptions;
+use containerd_shim_protos::ttrpc::{self, Code};
 use serde_json::json;
 
 use crate::support::{World, refused, until};
@@ -252,9 +253,7 @@ async fn a_checkpoint_is_the_runtime_s_with_criu() {
     let path = std::env::var("PATH").expect("a PATH");
     command.env("PATH", format!("{}:{path}", world.path("").display()));
     let output = world.run(command, &world.bootstrap_params("c"));
-    let result = <containerd_shim_protos::bootstrap_api::BootstrapResult as containerd_shim_protos::protobuf::Message>::parse_from_bytes(&output.stdout)
-        .expect("a BootstrapResult");
-    let shim = world.connect(&result.address).await;
+    let shim = world.connect_to(&output).await;
     shim.create(&world.create_request("c"))
         .await
         .expect("create");
@@ -312,4 +311,85 @@ async fn a_runtime_that_hangs_ends_with_the_shim() {
         assert!(deleted.status.success(), "{deleted:?}");
         assert_eq!(world.leftovers("c"), [""; 0], "hanging {when}");
     }
+}
+
+fn checkpoint_request(world: &World, id: &str, exit: bool) -> api::CheckpointTaskRequest {
+    let options = CheckpointOptions {
+        exit,
+        ..Default::default()
+    };
+    api::CheckpointTaskRequest {
+        id: id.to_owned(),
+        path: world.path("image").display().to_string(),
+        options: MessageField::some(Any {
+            type_url: "containerd.runc.v1.CheckpointOptions".to_owned(),
+            value: options.write_to_bytes().expect("encode"),
+            ..Default::default()
+        }),
+        ..Default::default()
+    }
+}
+
+/// With the real criu: there and back, or the reason why that is not possible here, and a container that runs on.
+#[tokio::test]
+async fn a_checkpoint_brings_a_container_back_or_is_refused() {
+    let world = World::new().await;
+    let shim = world.created("c", &["sleep", "1000"]).await;
+    shim.start_init("c").await;
+    let done = shim
+        .checkpoint(&checkpoint_request(&world, "c", true))
+        .await;
+    if let Err(ttrpc::Error::RpcStatus(status)) = done {
+        assert_eq!(status.code(), Code::UNIMPLEMENTED, "{}", status.message);
+        assert!(status.message.contains("criu"), "{}", status.message);
+        shim.add_exec("c", "x", &["true"]).await.expect("exec");
+        shim.start_exec("c", "x").await.expect("it runs on");
+        assert_eq!(shim.exit_status("c", "x").await, 0);
+        assert_eq!(shim.status("c", "").await, api::Status::RUNNING);
+        println!("refused: {}", status.message);
+        return;
+    }
+    done.expect("checkpoint");
+    shim.exit_status("c", "").await;
+    shim.remove("c", "").await.expect("delete");
+    world.add_bundle("back", &["sleep", "1000"]);
+    let shim = world.start_shim("back").await;
+    let request = api::CreateTaskRequest {
+        checkpoint: world.path("image").display().to_string(),
+        ..world.create_request("back")
+    };
+    shim.create(&request).await.expect("create");
+    let pid = shim.start_init("back").await;
+    let command = fs::read(format!("/proc/{pid}/cmdline")).expect("it runs");
+    assert!(command.starts_with(b"/bin/busybox\0sleep"), "{command:?}");
+}
+
+#[tokio::test]
+async fn without_criu_a_checkpoint_is_not_implemented() {
+    let world = World::new().await;
+    world.add_bundle("c", &["sleep", "1000"]);
+    // Nothing but the runtime and what it needs.
+    let programs = world.path("programs");
+    fs::create_dir(&programs).expect("directory");
+    let path = std::env::var_os("PATH").expect("a PATH");
+    let runc = std::env::split_paths(&path)
+        .chain(["/usr/sbin".into()])
+        .map(|directory| directory.join("runc"))
+        .find(|path| path.is_file());
+    std::os::unix::fs::symlink(runc.expect("runc"), programs.join("runc")).expect("link");
+    let mut command = world.binary("c", &["start"]);
+    command.env("PATH", &programs);
+    let output = world.run(command, &world.bootstrap_params("c"));
+    let shim = world.connect_to(&output).await;
+    shim.create(&world.create_request("c"))
+        .await
+        .expect("create");
+    shim.start_init("c").await;
+    let answer = shim
+        .checkpoint(&checkpoint_request(&world, "c", false))
+        .await;
+    let (code, message) = refused(answer);
+    assert_eq!(code, Code::UNIMPLEMENTED);
+    assert!(message.contains("install criu"), "{message}");
+    assert_eq!(shim.status("c", "").await, api::Status::RUNNING);
 }

@@ -61,11 +61,19 @@ impl Container {
         command.arg(&self.id);
         let written = self.runtime.run(&self.around.reaper, command, None).await;
         let dump_log = self.bundle.join("criu-dump.log");
+        let mut incapable = None;
         if written.is_err() {
             // The reason is in there, and containerd's message points to it.
-            let _ = fs::copy(work.join("dump.log"), &dump_log);
+            let log = work.join("dump.log");
+            let _ = fs::copy(&log, &dump_log);
+            incapable = fs::read(&log).ok().and_then(|text| why_not_here(&text));
         }
         let _ = fs::remove_dir_all(&own_work);
+        if let Some(reason) = incapable {
+            return Err(Error::Unimplemented(format!(
+                "checkpoint and restore need a criu that works on this kernel: {reason}; install a newer criu (`criu check` tries it)"
+            )));
+        }
         written.map(drop).map_err(|mut failure| {
             failure.message = format!("{} path= {}", failure.message, dump_log.display());
             failure.during("OCI runtime checkpoint failed")
@@ -104,6 +112,18 @@ impl Container {
     }
 }
 
+/// The first error in criu's log when it came to nothing before it looked at the container: it finds out about the kernel first.
+fn why_not_here(log: &[u8]) -> Option<String> {
+    let text = String::from_utf8_lossy(log);
+    let mut errors = text.lines().filter_map(|line| {
+        let (_, error) = line.split_once("Error (")?;
+        error.split_once("): ").map(|(_, what)| what.trim())
+    });
+    let first = errors.next()?;
+    let is_about_kernel = |error: &str| error.contains("initializing kerndat");
+    (is_about_kernel(first) || errors.any(is_about_kernel)).then(|| first.to_owned())
+}
+
 /// runc and crun both run the program.
 fn require_criu() -> Result<()> {
     let path = std::env::var_os("PATH").unwrap_or_default();
@@ -114,4 +134,23 @@ fn require_criu() -> Result<()> {
         "checkpoint and restore need criu, which is not in containerd's PATH: install criu"
             .to_owned(),
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_criu_that_does_not_know_the_kernel_is_told_from_a_container_that_cannot_be_dumped() {
+        let kernel = "(00.05) Error (criu/vdso.c:381): vdso: Unexpected rt vDSO area bounds\n\
+                      (00.06) Error (criu/kerndat.c:1615): kerndat_vdso_fill_symtable failed when initializing kerndat.\n";
+        assert_eq!(
+            why_not_here(kernel.as_bytes()).as_deref(),
+            Some("vdso: Unexpected rt vDSO area bounds")
+        );
+        let container = "(00.1) Error (criu/sk-inet.c:191): inet: Connected TCP socket, consider using --tcp-established option.\n";
+        for log in [container, "", "(00.1) Dumping\n"] {
+            assert_eq!(why_not_here(log.as_bytes()), None);
+        }
+    }
 }

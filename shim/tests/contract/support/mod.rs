@@ -257,7 +257,12 @@ impl World {
             "{}: {stderr}",
             output.status
         );
-        let result = BootstrapResult::parse_from_bytes(&output.stdout).expect("a BootstrapResult");
+        self.connect_to(&output).await
+    }
+
+    /// Connects to the server that a `start` has left.
+    pub(crate) async fn connect_to(&self, started: &Output) -> Shim {
+        let result = BootstrapResult::parse_from_bytes(&started.stdout).expect("a BootstrapResult");
         assert_eq!((result.version, result.protocol.as_str()), (3, "ttrpc"));
         self.connect(&result.address).await
     }
