@@ -3,7 +3,7 @@
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use crate::sys::check;
-use crate::{Error, Micros, NapiId, Result};
+use crate::{CpuId, Error, Micros, NapiId, Result};
 
 /// Address family and type, as far as busy polling cares.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,6 +102,15 @@ pub fn incoming_napi(fd: BorrowedFd<'_>) -> Result<Option<NapiId>> {
         source,
     })?;
     Ok(u32::try_from(value).ok().filter(|id| *id != 0).map(NapiId))
+}
+
+/// CPU on which the socket's last packet was handled (SO_INCOMING_CPU); None before the first.
+pub fn incoming_cpu(fd: BorrowedFd<'_>) -> Result<Option<CpuId>> {
+    let value = option(fd, libc::SO_INCOMING_CPU).map_err(|source| Error::Syscall {
+        what: "read SO_INCOMING_CPU".to_owned(),
+        source,
+    })?;
+    Ok(u32::try_from(value).ok().map(CpuId))
 }
 
 /// A new epoll instance, close-on-exec.

@@ -1,5 +1,7 @@
-//! Polling rings on the running kernel. Needs root.
+//! What can poll a NAPI instance, on the running kernel: rings, sockets, the instance's own thread. Needs root.
 
+mod napi_thread;
+mod socket;
 mod thread;
 mod traffic;
 mod unavailable;

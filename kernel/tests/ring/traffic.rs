@@ -13,14 +13,14 @@ use crate::pair::{HOST_MAC, POD_MAC, Pair};
 use crate::{eventually, options};
 
 /// A polled veth with a socket at each end.
-struct Road {
-    pair: Pair,
-    host: UdpSocket,
-    pod: UdpSocket,
+pub(crate) struct Road {
+    pub(crate) pair: Pair,
+    pub(crate) host: UdpSocket,
+    pub(crate) pod: UdpSocket,
 }
 
 impl Road {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut pair = Pair::new();
         let (host, pod) = (pair.host_link.index, pair.pod_link.index);
         let net = |text: &str| text.parse().expect("an address with prefix");
@@ -63,7 +63,7 @@ impl Road {
         }
     }
 
-    fn host_napi(&self) -> NapiId {
+    pub(crate) fn host_napi(&self) -> NapiId {
         let napis = NetdevSocket::open_in(&self.pair.host)
             .expect("netdev")
             .napis(self.pair.host_link.index);
@@ -78,7 +78,7 @@ impl Road {
     }
 
     /// Packets from the pod that a poller took, of `count` that all arrived.
-    fn polled_from_pod(&self, count: usize) -> u64 {
+    pub(crate) fn polled_from_pod(&self, count: usize) -> u64 {
         let before = busy_poll_rx_packets(&self.pair.host).expect("counter");
         for _ in 0..count {
             self.pod.send(b"x").expect("send");
