@@ -1,18 +1,18 @@
-//! A thread of this process that busy-polls a NAPI instance through a socket (5.13+): a blocking `recv` with a long
-//! SO_BUSY_POLL on a UDP socket whose last packet came through that instance.
+//! A thread of this process that busy-polls NAPI instances through sockets (5.13+): one UDP socket an instance, whose last packet
+//! came through it, and a `recv` on each in turn.
 //!
-//! What the kernel does (net/core/dev.c `napi_busy_loop`, net/ipv4/udp.c):
+//! What the kernel does (net/core/dev.c `napi_busy_loop`, net/ipv4/udp.c), each point held by a test:
 //! - A connected UDP socket takes over the id of the instance that each of its packets comes through. One packet primes it
 //!   ([`prime`]); the socket is connected to an address that never sends again, so the id stays.
-//! - While it polls, the thread owns the instance and is not preempted; it gives both back as soon as anything else is to run
-//!   on its CPU, and then softirq handles the packets.
-//! - The window is not cut short by anything but a packet for this socket: it bounds how late the thread hears of its end.
-//! - Between two windows `recv` waits out the socket's timeout, one tick at least: softirq handles the packets of that time.
-//! - An instance that is gone is not polled: the thread sleeps in `recv` then, in steps of that timeout.
+//! - A `recv` that does not wait polls the instance once when the socket has SO_BUSY_POLL, and lets go of it again: as with a
+//!   polling ring ([`crate::ring`]), a packet that comes in between is handled by softirq.
+//! - An instance that is gone is passed over, until it is removed. Nothing tells when it has come back: it has another id then.
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{setsockopt, sockopt::BindToDevice};
@@ -21,14 +21,11 @@ use crate::netns::Netns;
 use crate::process::{Scheduling, set_affinity, set_scheduling};
 use crate::{CpuId, CpuSet, Error, Micros, NapiId, Result, sockopt};
 
-/// How long one `recv` polls.
-const WINDOW: Micros = Micros(50_000);
-
-/// How long it sleeps after that; the kernel rounds it up to a tick.
-const GAP: Duration = Duration::from_micros(1);
+/// Any window makes the kernel poll; a call that does not wait polls once, however long it is.
+const WINDOW: Micros = Micros(1);
 
 /// How long a priming packet may take; the first one waits for the address resolution.
-const ARRIVAL: Duration = Duration::from_millis(100);
+const ARRIVAL: Duration = Duration::from_millis(50);
 
 /// Enough for system calls and an error message.
 const STACK: usize = 64 * 1024;
@@ -125,112 +122,141 @@ fn prime_by(
         (Some(napi), Some(wanted)) if napi != wanted => {
             Err(format!("it arrives through NAPI {napi}, not {wanted}"))
         }
-        (Some(napi), _) => Ok(Primed { socket, napi }),
+        (Some(napi), _) => {
+            sockopt::set_busy_poll(socket.as_fd(), WINDOW).map_err(|e| e.to_string())?;
+            socket.set_nonblocking(true).map_err(text)?;
+            Ok(Primed { socket, napi })
+        }
     }
 }
 
 /// How a polling thread is set up; as [`crate::ring::RingOptions`].
 #[derive(Debug, Clone, Copy)]
-pub struct PollSocketOptions {
+pub struct PollSocketsOptions {
     /// CPU of the thread.
     pub cpu: CpuId,
     /// Its scheduling class.
     pub scheduling: Scheduling,
-    /// It sleeps this long after the last [`PollSocket::wake`].
+    /// It sleeps this long after the last [`PollSockets::wake`].
     pub lease: Duration,
 }
 
-/// A polling thread. It ends when this is dropped, a moment later.
+/// The thread and its sockets; it ends when this is dropped.
 #[derive(Debug)]
-pub struct PollSocket {
+pub struct PollSockets {
     shared: Arc<Shared>,
-    napi: NapiId,
+    thread: Option<JoinHandle<()>>,
     lease: Duration,
     thread_id: u32,
 }
 
 #[derive(Debug)]
 struct Shared {
-    lease: Mutex<Lease>,
+    plan: Mutex<Plan>,
+    /// The plan is another one, and the thread has not looked at it yet.
+    stale: AtomicBool,
     changed: Condvar,
 }
 
-#[derive(Debug, Default)]
-struct Lease {
+/// What the thread is to do. It works on a copy.
+#[derive(Debug)]
+struct Plan {
+    sockets: Vec<Arc<Primed>>,
     until: Option<Instant>,
     end: bool,
     asleep: bool,
+    /// Counts the changes of `sockets`, and the last that the thread has taken over.
+    made: u64,
+    taken: u64,
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Lease> {
-        // Plain values only: nothing can be half done.
-        self.lease.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Plan> {
+        // Every change leaves a whole plan behind.
+        self.plan.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until there is a lease; false when the thread is to end.
-    fn wait(&self) -> bool {
-        let mut lease = self.lock();
+    fn change(&self, change: impl FnOnce(&mut Plan)) {
+        change(&mut self.lock());
+        self.stale.store(true, Ordering::Release);
+        self.changed.notify_all();
+    }
+
+    /// Waits until there is something to poll; None when the thread is to end.
+    fn next(&self) -> Option<(Instant, Vec<Arc<Primed>>)> {
+        let mut plan = self.lock();
         loop {
-            if lease.end {
-                return false;
+            self.stale.store(false, Ordering::Release);
+            plan.taken = plan.made;
+            self.changed.notify_all();
+            if plan.end {
+                return None;
             }
-            lease.asleep = lease.until.is_none_or(|until| Instant::now() >= until);
-            if !lease.asleep {
-                return true;
+            let leased = plan.until.filter(|until| Instant::now() < *until);
+            plan.asleep = leased.is_none() || plan.sockets.is_empty();
+            match leased {
+                Some(until) if !plan.asleep => return Some((until, plan.sockets.clone())),
+                _ => {
+                    plan = self
+                        .changed
+                        .wait(plan)
+                        .unwrap_or_else(PoisonError::into_inner)
+                }
             }
-            lease = self
-                .changed
-                .wait(lease)
-                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn run(&self) {
+        while let Some((until, sockets)) = self.next() {
+            while !self.stale.load(Ordering::Acquire) && Instant::now() < until {
+                for primed in &sockets {
+                    // Whatever it says: what matters is what it does on the way.
+                    let _ = primed.socket.recv(&mut [0; 8]);
+                }
+            }
         }
     }
 }
 
-impl PollSocket {
-    /// Starts a thread for a primed socket, asleep.
+impl PollSockets {
+    /// Starts the thread, asleep and without sockets.
     ///
     /// # Errors
-    /// When the process may not use the CPU, has no threads left, or the kernel refuses SO_BUSY_POLL.
-    pub fn start(primed: Primed, options: &PollSocketOptions) -> Result<Self> {
-        let Primed { socket, napi } = primed;
-        let refused = |what: &str, source| Error::Syscall {
-            what: format!("{what} of a polling socket"),
-            source,
-        };
-        sockopt::set_busy_poll(socket.as_fd(), WINDOW)?;
-        socket
-            .set_read_timeout(Some(GAP))
-            .map_err(|e| refused("set the timeout", e))?;
+    /// When the process may not use the CPU or has no threads left.
+    pub fn new(options: &PollSocketsOptions) -> Result<Self> {
         let shared = Arc::new(Shared {
-            lease: Mutex::new(Lease {
+            plan: Mutex::new(Plan {
+                sockets: Vec::new(),
+                until: None,
+                end: false,
                 asleep: true,
-                ..Lease::default()
+                made: 0,
+                taken: 0,
             }),
+            stale: AtomicBool::new(false),
             changed: Condvar::new(),
         });
         let of_thread = Arc::clone(&shared);
         let (told, thread_id) = mpsc::sync_channel(1);
-        std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name("kbp-poll".to_owned())
             .stack_size(STACK)
             .spawn(move || {
-                if told.send(nix::unistd::gettid()).is_err() {
-                    return;
-                }
-                while of_thread.wait() {
-                    // Whatever it says: what matters is what it does in between.
-                    let _ = socket.recv(&mut [0; 8]);
+                if told.send(nix::unistd::gettid()).is_ok() {
+                    of_thread.run();
                 }
             })
-            .map_err(|e| refused("start the thread", e))?;
+            .map_err(|source| Error::Syscall {
+                what: "start a polling thread".to_owned(),
+                source,
+            })?;
         let thread_id = thread_id.recv().map_err(|_| Error::Protocol {
-            what: "start the thread of a polling socket".to_owned(),
+            what: "start a polling thread".to_owned(),
             detail: "it ended at once".to_owned(),
         })?;
         let polling = Self {
             shared,
-            napi,
+            thread: Some(thread),
             lease: options.lease,
             thread_id: thread_id.as_raw().unsigned_abs(),
         };
@@ -239,18 +265,38 @@ impl PollSocket {
         Ok(polling)
     }
 
-    /// The instance that it polls.
-    pub fn napi(&self) -> NapiId {
-        self.napi
+    /// Polls this one's instance too, from now on; in the place of another socket for the same instance.
+    pub fn add(&mut self, primed: Primed) {
+        self.shared.change(|plan| {
+            plan.sockets.retain(|s| s.napi != primed.napi);
+            plan.sockets.push(Arc::new(primed));
+            plan.made += 1;
+        });
+    }
+
+    /// Polls this instance no more when this returns; fine when it did not.
+    pub fn remove(&mut self, napi: NapiId) {
+        self.shared.change(|plan| {
+            plan.sockets.retain(|s| s.napi != napi);
+            plan.made += 1;
+        });
+        let mut plan = self.shared.lock();
+        // A round takes microseconds, but the thread may have to wait for its CPU; after that it would poll once more at most.
+        let until = Instant::now() + Duration::from_millis(100);
+        while plan.taken != plan.made {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            let waited = self.shared.changed.wait_timeout(plan, left);
+            plan = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
 
     /// Starts the lease anew and wakes the thread if it sleeps.
     pub fn wake(&self) {
-        let mut lease = self.shared.lock();
-        lease.until = Some(Instant::now() + self.lease);
-        if lease.asleep {
-            self.shared.changed.notify_one();
-        }
+        let until = Instant::now() + self.lease;
+        self.shared.change(|plan| plan.until = Some(until));
     }
 
     /// Whether the thread sleeps now.
@@ -264,9 +310,15 @@ impl PollSocket {
     }
 }
 
-impl Drop for PollSocket {
+impl Drop for PollSockets {
     fn drop(&mut self) {
-        self.shared.lock().end = true;
-        self.shared.changed.notify_one();
+        self.shared.change(|plan| plan.end = true);
+        // In the idle class it might not get to its end for long. It is this process' own, so this is allowed.
+        let _ = set_scheduling(self.thread_id, Scheduling::Other(0));
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("a polling thread had panicked");
+        }
     }
 }

@@ -5,8 +5,7 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
-use kbp_kernel::link::Batch;
-use kbp_kernel::poll_socket::{Ends, PollSocket, PollSocketOptions, Primed, prime};
+use kbp_kernel::poll_socket::{Ends, PollSockets, PollSocketsOptions, Primed, prime};
 use kbp_kernel::process::{self, Scheduling};
 use kbp_kernel::{CpuSet, Error, NapiId};
 
@@ -27,17 +26,19 @@ fn primed(road: &Road, addresses: &[IpAddr], wanted: Option<NapiId>) -> Result<P
     prime(&ends, wanted)
 }
 
-fn polling(road: &Road, lease_ms: u64, scheduling: Scheduling) -> PollSocket {
+fn polling(road: &Road, lease_ms: u64, scheduling: Scheduling) -> PollSockets {
     let primed = primed(road, &[address("10.0.0.1")], None).expect("a packet");
-    let options = PollSocketOptions {
+    let options = PollSocketsOptions {
         cpu: some_cpu(),
         scheduling,
         lease: Duration::from_millis(lease_ms),
     };
-    PollSocket::start(primed, &options).expect("thread")
+    let mut sockets = PollSockets::new(&options).expect("thread");
+    sockets.add(primed);
+    sockets
 }
 
-fn cpu_time(socket: &PollSocket) -> Duration {
+fn cpu_time(socket: &PollSockets) -> Duration {
     process::cpu_time(std::process::id(), socket.thread_id()).expect("CPU time")
 }
 
@@ -66,7 +67,7 @@ fn one_packet_tells_the_id_of_the_instance() {
 fn packets_go_through_the_thread_while_it_is_awake_and_through_softirq_otherwise() {
     let road = Road::new();
     assert_eq!(road.polled_from_pod(200), 0, "nobody polls yet");
-    let socket = polling(&road, 300, Scheduling::Other(0));
+    let mut socket = polling(&road, 300, Scheduling::Other(0));
     assert!(socket.is_asleep());
     assert_eq!(road.polled_from_pod(200), 0, "it still sleeps");
     for _ in 0..2 {
@@ -77,6 +78,14 @@ fn packets_go_through_the_thread_while_it_is_awake_and_through_softirq_otherwise
         eventually("asleep", || socket.is_asleep());
         assert_eq!(road.polled_from_pod(200), 0, "asleep, and no packet lost");
     }
+    socket.remove(road.host_napi());
+    socket.wake();
+    assert_eq!(
+        road.polled_from_pod(200),
+        0,
+        "it was told to leave this one"
+    );
+    assert!(socket.is_asleep(), "there is nothing to poll");
 }
 
 #[test]
@@ -98,20 +107,23 @@ fn it_has_the_cpu_and_the_class_it_was_asked_for_and_ends_with_its_handle() {
     }
 }
 
-/// A link that goes down takes its instance along: nothing is there to be polled, and no CPU is burnt on it.
 #[test]
-fn without_its_instance_it_sleeps_in_steps() {
-    let mut road = Road::new();
-    let socket = polling(&road, 60_000, Scheduling::Other(0));
-    socket.wake();
-    eventually("it takes packets", || road.polled_from_pod(50) > 0);
-    let link = road.pair.host_link.index;
-    let mut down = Batch::new();
-    down.set_down(link);
-    road.pair.host_socket.execute(&down).expect("down");
-    eventually("next to no CPU time", || {
-        let before = cpu_time(&socket);
-        std::thread::sleep(Duration::from_millis(200));
-        cpu_time(&socket) - before < Duration::from_millis(40)
+fn one_thread_polls_two_pods_and_goes_on_when_one_of_them_goes() {
+    let (first, second) = (Road::new(), Road::new());
+    let mut sockets = polling(&first, 60_000, Scheduling::Other(0));
+    sockets.wake();
+    eventually("it takes packets of the first", || {
+        first.polled_from_pod(50) > 0
     });
+    sockets.add(primed(&second, &[address("10.0.0.1")], None).expect("a packet"));
+    eventually("it takes packets of both", || {
+        first.polled_from_pod(50) > 0 && second.polled_from_pod(50) > 0
+    });
+    let gone = first.host_napi();
+    drop(first);
+    eventually("the other is polled", || second.polled_from_pod(50) > 0);
+    sockets.remove(gone);
+    assert!(!sockets.is_asleep());
+    let busy = cpu_time(&sockets);
+    eventually("it polls on", || cpu_time(&sockets) > busy);
 }
