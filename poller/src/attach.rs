@@ -1,12 +1,11 @@
 //! Attach and detach of a pod.
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use kbp_kernel::link::LinkEvents;
+use kbp_kernel::link::{LinkEvents, RouteSocket};
 use kbp_kernel::netns::Netns;
-use kbp_kernel::{CpuSet, NapiId};
+use kbp_kernel::{CpuSet, IfIndex, napi_thread};
 use nix::sys::eventfd::EventFd;
 
 use crate::config::{Config, Feature};
@@ -14,7 +13,7 @@ use crate::endpoint::{self, Endpoint, Found};
 use crate::engine::{Engine, Kept, Latency, Pod, PodKey};
 use crate::place::{Placed, Placing};
 use crate::policy::Policy;
-use crate::record::{Findings, Record};
+use crate::record::{Findings, Napis, Record};
 use crate::state::{self, Degraded, Part, PodState, SocketCounters};
 use crate::tune::{Offloads, Tuner};
 use crate::window::Window;
@@ -122,6 +121,7 @@ impl Engine {
             host,
             pod: request.netns.try_clone()?,
             profile: request.policy.profile,
+            learns: placing(&request).unwanted().is_none(),
         };
         let mut parts = Parts::find_and_tune(&request, &terms, &tuner, veths, not_pollable);
         // Placement looks at what the others hold and then writes what this one takes: one after the other, or two pods
@@ -130,7 +130,7 @@ impl Engine {
         let pods = state::read_all(state_dir)?;
         refuse_second_owner(&request, &terms, &pods)?;
         let mut kept = self.lock();
-        parts.choose_worker(&mut kept, &request, &pods);
+        parts.choose_worker(&mut kept, &request, &tuner, &pods);
         let written = parts
             .refuse_degraded(&request)
             .and_then(|()| parts.record(&request, self.changed_handle()))
@@ -211,6 +211,9 @@ pub fn clear_leftovers(state_dir: &Path) -> Result<()> {
             reason = stale.reason,
             "removing a state file"
         );
+        if let Some(state) = state::read_stale(state_dir, &stale) {
+            end_kthreads(&state);
+        }
         state::remove_stale(state_dir, &stale)?;
     }
     claim::sweep(state_dir)
@@ -231,6 +234,26 @@ impl AttachRequest {
     }
 }
 
+/// Unlike other workers, a NAPI's own thread does not end with its owner.
+fn end_kthreads(state: &PodState) {
+    if state.worker.as_ref().is_none_or(|w| w.kind != "kthread") {
+        return;
+    }
+    for interface in &state.interfaces {
+        let ended = Netns::current().and_then(|host| {
+            let link = RouteSocket::open_in(&host)?.link_by_name(&interface.host_interface)?;
+            // Its number may be another link's by now.
+            match link.filter(|l| l.index == IfIndex(interface.host_ifindex)) {
+                Some(link) => napi_thread::stop(&host, link.index),
+                None => Ok(0),
+            }
+        });
+        if let Err(error) = ended {
+            tracing::warn!(%error, "a NAPI thread may go on polling");
+        }
+    }
+}
+
 /// What an attach has put together so far.
 #[derive(Default)]
 struct Parts {
@@ -241,7 +264,7 @@ struct Parts {
     /// Why there can be no worker, when that is known before one is looked for.
     unable: Option<String>,
     placed: Option<Placed>,
-    polled: BTreeSet<NapiId>,
+    polled: Napis,
 }
 
 impl Parts {
@@ -280,7 +303,13 @@ impl Parts {
         parts
     }
 
-    fn choose_worker(&mut self, kept: &mut Kept, request: &AttachRequest, pods: &[PodState]) {
+    fn choose_worker(
+        &mut self,
+        kept: &mut Kept,
+        request: &AttachRequest,
+        tuner: &Tuner,
+        pods: &[PodState],
+    ) {
         let placing = placing(request);
         let plan = if self.veths.is_empty() {
             Plan::none("no interface that can be polled")
@@ -293,11 +322,11 @@ impl Parts {
         } else {
             placing.plan_among(pods, &kept.loads())
         };
-        let placed = kept.workers.join(plan);
+        let placed = kept.workers.join(plan, &request.config);
         if let Some((key, _)) = placed.worker
             && let Err(reason) =
                 kept.workers
-                    .poll(key, &mut self.polled, &self.findings.host_napis())
+                    .poll(key, &mut self.polled, &self.findings.host_napis(), tuner)
         {
             // As at every later look at the links, which may find it mended.
             self.findings.degraded.push(Degraded {

@@ -35,8 +35,12 @@ const KEYS: &str =
 pub enum Feature {
     /// GRO and TSO settings that give a veth its NAPI instances.
     Napi,
-    /// io_uring kernel threads that poll: no worker.
+    /// Polling by the NAPI's own kernel thread: dedicated workers are rings instead.
+    Kthread,
+    /// Polling by io_uring kernel threads: workers are sockets instead.
     Sqpoll,
+    /// Polling through sockets of kbp's own.
+    Socket,
     /// The seccomp listener: sockets and epoll instances keep the kernel's defaults.
     SeccompNotify,
     /// EPIOCSPARAMS: epoll instances do not busy-poll.
@@ -45,9 +49,11 @@ pub enum Feature {
 
 impl Feature {
     /// Every feature that can be switched off.
-    pub const ALL: [Self; 4] = [
+    pub const ALL: [Self; 6] = [
         Self::Napi,
+        Self::Kthread,
         Self::Sqpoll,
+        Self::Socket,
         Self::SeccompNotify,
         Self::EpollParams,
     ];
@@ -57,7 +63,9 @@ impl fmt::Display for Feature {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Napi => "napi",
+            Self::Kthread => "kthread",
             Self::Sqpoll => "sqpoll",
+            Self::Socket => "socket",
             Self::SeccompNotify => "seccomp-notify",
             Self::EpollParams => "epoll-params",
         })

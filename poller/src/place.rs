@@ -7,7 +7,7 @@ use kbp_kernel::{CpuId, CpuSet};
 
 use crate::Result;
 use crate::claim::{self, Site};
-use crate::config::{Config, Feature};
+use crate::config::Config;
 use crate::engine::WorkerKey;
 use crate::kubelet;
 use crate::policy::WorkerPolicy;
@@ -70,9 +70,6 @@ impl Placing {
     pub(crate) fn plan_among(&self, pods: &[PodState], load: &BTreeMap<CpuId, u64>) -> Plan {
         if let Some(why) = self.unwanted() {
             return Plan::none(why);
-        }
-        if let Some(off) = self.config.switched_off(Feature::Sqpoll) {
-            return Plan::failed(off);
         }
         self.at_site(pods, load, |site| worker::plan(self.asked, site))
             .unwrap_or_else(|e| Plan::failed(e.to_string()))

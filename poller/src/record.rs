@@ -1,6 +1,6 @@
 //! What is known of an attached pod, shared between its owner and the engine's thread, and its copy in the state file.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -21,8 +21,11 @@ pub(crate) struct Findings {
     pub(crate) degraded: Vec<Degraded>,
     /// Why NAPI ids are not known, where the kernel cannot tell them.
     pub(crate) ids_unknown: Option<String>,
-    host_napis: BTreeSet<NapiId>,
+    host_napis: Napis,
 }
+
+/// NAPI instances that a worker is to poll, and whose they are.
+pub(crate) type Napis = BTreeMap<NapiId, Endpoint>;
 
 impl Findings {
     /// Tunes every veth and gathers what came of it.
@@ -45,7 +48,7 @@ impl Findings {
     }
 
     /// NAPIs that a worker is to poll.
-    pub(crate) fn host_napis(&self) -> BTreeSet<NapiId> {
+    pub(crate) fn host_napis(&self) -> Napis {
         self.host_napis.clone()
     }
 
@@ -57,7 +60,8 @@ impl Findings {
             host_napi: tuned.host_napis.first().map(|n| n.0),
             pod_napi: tuned.pod_napis.first().map(|n| n.0),
         });
-        self.host_napis.extend(tuned.host_napis);
+        let ends = tuned.host_napis.into_iter().map(|n| (n, veth.clone()));
+        self.host_napis.extend(ends);
         if let Some(reason) = tuned.problem {
             self.degraded.push(Degraded {
                 part: Part::PollableVeth,

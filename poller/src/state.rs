@@ -88,11 +88,11 @@ pub struct InterfaceState {
 /// The worker of a pod.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerState {
-    /// `sqpoll`.
+    /// `kthread`, `sqpoll` or `socket`.
     pub kind: String,
     /// What the policy came to: `dedicated`, `shared` or `idle`.
     pub policy: WorkerPolicy,
-    /// Thread id of the kernel thread.
+    /// Thread id; 0 for a `kthread`, of which the kernel makes a new one each time it wakes.
     pub tid: u32,
     /// Its CPU.
     pub cpu: u32,
@@ -247,6 +247,12 @@ pub(crate) fn remove_own(state_dir: &Path, namespace: &str, id: &str) -> Result<
         Some(owner) if owner != std::process::id() => Ok(()),
         _ => remove_file(&path),
     }
+}
+
+/// What a stale file says, where it can be read.
+pub(crate) fn read_stale(state_dir: &Path, stale: &Stale) -> Option<PodState> {
+    let text = fs::read(pods_dir(state_dir).join(&stale.file)).ok()?;
+    serde_json::from_slice(&text).ok()
 }
 
 /// Removes a stale file; fine when it is not there.

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::endpoint::Endpoint;
 use crate::policy::Profile;
+use crate::worker::learn;
 
 /// Packets that the qdisc of a veth end holds while the receiving ring (256 packets) is full; the default queue length
 /// of the kernel's Ethernet devices. Without a qdisc a full ring drops.
@@ -50,6 +51,8 @@ pub(crate) struct Tuner {
     pub(crate) host: Netns,
     pub(crate) pod: Netns,
     pub(crate) profile: Profile,
+    /// Whether the id of the host end's NAPI is learnt from a packet where the kernel does not tell it: a worker wants it.
+    pub(crate) learns: bool,
 }
 
 impl Tuner {
@@ -59,6 +62,7 @@ impl Tuner {
             host: self.host.try_clone()?,
             pod: self.pod.try_clone()?,
             profile: self.profile,
+            learns: self.learns,
         })
     }
 
@@ -108,7 +112,7 @@ impl Tuner {
             let napis = match NetdevSocket::open_in(netns).and_then(|mut s| s.napis(index)) {
                 Ok(napis) => napis,
                 Err(e @ Error::Unsupported { .. }) => {
-                    tuned.ids_unknown = Some(e.to_string());
+                    self.without_ids(endpoint, &e, tuned);
                     return Ok(());
                 }
                 Err(e) => return Err(format!("{}: {e}", endpoint.pod_name)),
@@ -126,6 +130,23 @@ impl Tuner {
             tuned.pod_napis = std::mem::take(pod);
         }
         Ok(())
+    }
+
+    /// For kernels that do not tell the ids.
+    fn without_ids(&self, endpoint: &Endpoint, error: &Error, tuned: &mut Tuned) {
+        if !self.learns {
+            tuned.ids_unknown = Some(error.to_string());
+            return;
+        }
+        match learn(
+            &self.host,
+            endpoint.host_index,
+            &self.pod,
+            &endpoint.pod_name,
+        ) {
+            Ok(napi) => tuned.host_napis = vec![napi],
+            Err(e) => tuned.ids_unknown = Some(format!("{error}; {e}")),
+        }
     }
 
     fn one_end(&self, netns: &Netns, name: &str, index: IfIndex) -> Result<(), String> {

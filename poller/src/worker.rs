@@ -1,19 +1,27 @@
 //! Picks who polls a pod's host ends, where, and in which scheduling class; and makes that worker.
 //!
-//! The only kind so far is `sqpoll`: an io_uring kernel thread. It polls host ends (pod → host); what polls the pod
-//! ends are the pod's own sockets.
+//! Workers poll host ends (pod → host); what polls the pod ends are the pod's own sockets. What a worker is on this kernel is found by
+//! trying: see [`kind`]. docs/kernels.md tells what that comes to.
+
+mod kind;
+mod kthread;
+mod socket;
+mod sqpoll;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use kbp_kernel::process::Scheduling;
-use kbp_kernel::ring::{PollRing, RingOptions};
 use kbp_kernel::{CpuId, CpuSet, NapiId};
 
 use crate::Error;
 use crate::claim::{self, Claim, Site};
+use crate::config::Config;
 use crate::policy::WorkerPolicy;
 use crate::state::WorkerState;
+pub(crate) use kind::Target;
+use kind::{Poller, Seat};
+pub(crate) use socket::learn;
 
 /// How long a worker polls on after the last packet was seen.
 pub const LEASE: Duration = Duration::from_millis(200);
@@ -21,7 +29,7 @@ pub const LEASE: Duration = Duration::from_millis(200);
 /// A worker that has been made; it sleeps until its lease is started.
 #[derive(Debug)]
 pub(crate) struct Worker {
-    ring: PollRing,
+    poller: Box<dyn Poller>,
     pub(crate) state: WorkerState,
     /// Keeps the CPU while the worker lives.
     _claim: Option<Claim>,
@@ -29,23 +37,28 @@ pub(crate) struct Worker {
 
 impl Worker {
     /// Polls this NAPI too, from now on; twice is fine.
-    pub(crate) fn add(&mut self, napi: NapiId) -> kbp_kernel::Result<()> {
-        self.ring.add(napi)
+    pub(crate) fn add(&mut self, target: &Target<'_>) -> kbp_kernel::Result<()> {
+        self.poller.add(target)
     }
 
     /// Polls this NAPI no more; fine when it did not.
     pub(crate) fn remove(&mut self, napi: NapiId) -> kbp_kernel::Result<()> {
-        self.ring.remove(napi)
+        self.poller.remove(napi)
     }
 
     /// Starts the lease anew, and wakes it when it is parked.
-    pub(crate) fn wake(&self) -> kbp_kernel::Result<()> {
-        self.ring.wake()
+    pub(crate) fn wake(&mut self) -> kbp_kernel::Result<()> {
+        self.poller.wake()
     }
 
     /// Whether it is parked now.
     pub(crate) fn is_parked(&self) -> bool {
-        self.ring.is_asleep()
+        self.poller.is_asleep()
+    }
+
+    /// CPU time that it has used: it polls without a pause while it is awake.
+    pub(crate) fn busy(&self) -> Duration {
+        self.poller.busy()
     }
 }
 
@@ -193,35 +206,28 @@ fn is_real_part(cpuset: Option<&CpuSet>, online: &CpuSet) -> bool {
     cpuset.is_some_and(|c| !c.is_empty() && !online.is_subset(c))
 }
 
-/// Makes the worker of a [`Plan::On`]; it is parked.
+/// Makes the worker of a [`Plan::On`], of the first kind that works; it is parked. On error why none does.
 pub(crate) fn make(
     policy: WorkerPolicy,
     cpu: CpuId,
     claim: Option<Claim>,
-) -> kbp_kernel::Result<Worker> {
+    config: &Config,
+) -> Result<Worker, String> {
     let scheduling = match policy {
         WorkerPolicy::Idle => Scheduling::Idle,
         _ => Scheduling::Other(0),
     };
-    let ring = PollRing::new(&RingOptions {
-        cpu,
-        scheduling,
-        lease: LEASE,
-        // The NAPI stays free between two rounds, so that a packet which comes while the worker is not running is
-        // handled by softirq at once instead of waiting for it.
-        prefer: false,
-    })?;
-    let tid = ring.thread_id();
+    let (kind, poller) = kind::first_that_works(policy, Seat { cpu, scheduling }, config)?;
     Ok(Worker {
-        ring,
         state: WorkerState {
-            kind: "sqpoll".to_owned(),
+            kind: kind.to_string(),
             policy,
-            tid,
+            tid: poller.thread_id(),
             cpu: cpu.0,
             idle_class: scheduling == Scheduling::Idle,
             lease_ms: u32::try_from(LEASE.as_millis()).unwrap_or(u32::MAX),
         },
+        poller,
         _claim: claim,
     })
 }

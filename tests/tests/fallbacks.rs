@@ -15,8 +15,8 @@ struct Lack {
     reason: &'static str,
 }
 
-fn disabled(feature: &str, parts: &'static [Part]) -> Lack {
-    let kbp_config = format!("disable = [\"{feature}\"]\n");
+fn disabled(features: &[&str], parts: &'static [Part]) -> Lack {
+    let kbp_config = format!("disable = {features:?}\n");
     Lack {
         settings: Settings {
             kbp_config,
@@ -155,49 +155,49 @@ fn runs_degraded_and_is_refused_when_required(arm: Arm, lack: Lack) {
 }
 
 #[test]
-fn sqpoll_switched_off() {
-    runs_degraded_and_is_refused_when_required(Arm::KBP, disabled("sqpoll", &[Part::Worker]));
+fn workers_switched_off() {
+    runs_degraded_and_is_refused_when_required(
+        Arm::KBP,
+        disabled(&["sqpoll", "socket"], &[Part::Worker]),
+    );
 }
 
 #[test]
 fn napi_switched_off() {
-    runs_degraded_and_is_refused_when_required(Arm::KBP, disabled("napi", &[Part::PollableVeth]));
+    runs_degraded_and_is_refused_when_required(
+        Arm::KBP,
+        disabled(&["napi"], &[Part::PollableVeth]),
+    );
 }
 
 #[test]
 fn seccomp_notify_switched_off() {
     let parts = &[Part::SocketBusyPoll, Part::EpollBusyPoll];
-    runs_degraded_and_is_refused_when_required(Arm::KBP, disabled("seccomp-notify", parts));
+    runs_degraded_and_is_refused_when_required(Arm::KBP, disabled(&["seccomp-notify"], parts));
 }
 
 #[test]
 fn seccomp_notify_switched_off_on_v2() {
     let parts = &[Part::SocketBusyPoll, Part::EpollBusyPoll];
-    runs_degraded_and_is_refused_when_required(Arm::KBP_V2, disabled("seccomp-notify", parts));
+    runs_degraded_and_is_refused_when_required(Arm::KBP_V2, disabled(&["seccomp-notify"], parts));
 }
 
 #[test]
 fn epoll_params_switched_off() {
     runs_degraded_and_is_refused_when_required(
         Arm::KBP,
-        disabled("epoll-params", &[Part::EpollBusyPoll]),
+        disabled(&["epoll-params"], &[Part::EpollBusyPoll]),
     );
 }
 
 #[test]
 fn a_kernel_without_io_uring() {
-    runs_degraded_and_is_refused_when_required(
-        Arm::KBP,
-        without("io_uring", &[Part::Worker], "io_uring"),
-    );
+    a_socket_takes_the_place_of_the_ring(Arm::KBP);
 }
 
 #[test]
 fn a_kernel_without_io_uring_on_v2() {
-    runs_degraded_and_is_refused_when_required(
-        Arm::KBP_V2,
-        without("io_uring", &[Part::Worker], "io_uring"),
-    );
+    a_socket_takes_the_place_of_the_ring(Arm::KBP_V2);
 }
 
 #[test]
@@ -219,6 +219,23 @@ fn a_kernel_without_pidfd_getfd() {
             "pidfd_getfd",
         ),
     );
+}
+
+/// Without io_uring the worker is a socket, and nothing is missing.
+fn a_socket_takes_the_place_of_the_ring(arm: Arm) {
+    let Lack { settings, .. } = without("io_uring", &[], "");
+    on_with(arm, settings, |lab| {
+        let pod = lab.pod("pod");
+        let run = server(lab, "server", &pod.netns.path()).annotation("kbp.io/required", "true");
+        lab.containerd
+            .start_container(run)
+            .expect("what is required is there");
+        let state = lab.state("server").expect("state");
+        assert!(state.degraded.is_empty(), "{state:#?}");
+        let worker = state.worker.expect("a worker");
+        assert_eq!(worker.kind, "socket");
+        lab.containerd.remove("server").expect("remove");
+    });
 }
 
 /// With everything there, nothing is missing: the other tests look at something that changes.

@@ -40,7 +40,7 @@ const PROBES: [Probe; 8] = [
         run: probe::netdev_family,
         works: "the kernel tells NAPI ids (netdev napi-get)",
         otherwise: Verdict::Degraded,
-        means: "no kernel worker, since it would not know what to poll; sockets still busy-poll",
+        means: "workers learn what to poll from a packet that kbp sends from the pod to the node",
         remedy: "Linux 6.8 or later",
     },
     Probe {
@@ -50,7 +50,7 @@ const PROBES: [Probe; 8] = [
         run: probe::sqpoll_napi,
         works: "an io_uring kernel thread can poll NAPI instances",
         otherwise: Verdict::Degraded,
-        means: "no kernel worker: requests that come further apart than the sockets' window pay a wake-up each",
+        means: "workers poll through sockets instead, with a system call for each round",
         remedy: "Linux 6.13 or later, io_uring allowed (sysctl kernel.io_uring_disabled=0, no seccomp filter against it)",
     },
     Probe {

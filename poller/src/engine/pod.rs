@@ -1,13 +1,12 @@
 //! One pod: its links, what polls them, and when to look at it again.
 
-use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kbp_kernel::link::{LinkEvents, RouteSocket};
 use kbp_kernel::netns::{Netns, NetnsId};
-use kbp_kernel::{IfIndex, Micros, NapiId};
+use kbp_kernel::{IfIndex, Micros};
 
 use super::Workers;
 use super::workers::WorkerKey;
@@ -15,7 +14,7 @@ use crate::endpoint::{self, Endpoint, Found};
 use crate::pace::{self, Pace};
 use crate::place::Placing;
 use crate::policy::WorkerPolicy;
-use crate::record::{Findings, Record};
+use crate::record::{Findings, Napis, Record};
 use crate::state::{Degraded, Part};
 use crate::tune::Tuner;
 
@@ -41,7 +40,7 @@ pub(crate) struct Pod {
     /// Who polls it.
     pub(crate) worker: Option<WorkerKey>,
     /// What that one polls.
-    pub(crate) polled: BTreeSet<NapiId>,
+    pub(crate) polled: Napis,
     /// What its owner wants of the CPUs' sleep states.
     pub(crate) cpu_latency: Option<Micros>,
     /// Where its namespace was found, when it is to be let go once it is not there any more.
@@ -74,7 +73,7 @@ impl Pod {
             record,
             placing,
             worker: None,
-            polled: BTreeSet::new(),
+            polled: Napis::new(),
             cpu_latency: None,
             path: None,
             rate: 0,

@@ -2,17 +2,20 @@
 //!
 //! Shared and idle-class workers take any number of pods: one worker a CPU. A dedicated one has a CPU and a pod of its own.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use kbp_kernel::{CpuId, NapiId, process};
+use kbp_kernel::CpuId;
 
 use super::Pod;
 use crate::claim::Claim;
+use crate::config::Config;
 use crate::place::Placed;
 use crate::policy::WorkerPolicy;
+use crate::record::Napis;
 use crate::state::WorkerState;
-use crate::worker::{self, Plan, Worker};
+use crate::tune::Tuner;
+use crate::worker::{self, Plan, Target, Worker};
 
 /// Names a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -53,7 +56,7 @@ pub(super) struct Slot {
 impl Slot {
     /// Time that its thread has run: it polls without a pause while it is awake.
     pub(super) fn busy(&self) -> Duration {
-        process::cpu_time(std::process::id(), self.worker.state.tid).unwrap_or_default()
+        self.worker.busy()
     }
 
     pub(super) fn pods(&self) -> usize {
@@ -71,7 +74,7 @@ pub(crate) struct Workers {
 
 impl Workers {
     /// Has `plan` done for one pod more: an existing worker, or a new one. Undone by [`Workers::leave`].
-    pub(crate) fn join(&mut self, plan: Plan) -> Placed {
+    pub(crate) fn join(&mut self, plan: Plan, config: &Config) -> Placed {
         let (policy, cpu, claim, reason) = match plan {
             Plan::None { reason } => return Placed::none(reason),
             Plan::Failed { reason } => return Placed::failed(reason),
@@ -82,13 +85,13 @@ impl Workers {
                 reason,
             } => (policy, cpu, claim, reason),
         };
-        match self.slot(policy, cpu, claim) {
+        match self.slot(policy, cpu, claim, config) {
             Ok((key, state)) => Placed {
                 worker: Some((key, state)),
                 reason,
                 degraded: None,
             },
-            Err(error) => Placed::failed(error.to_string()),
+            Err(reason) => Placed::failed(reason),
         }
     }
 
@@ -97,13 +100,14 @@ impl Workers {
         policy: WorkerPolicy,
         cpu: CpuId,
         claim: Option<Claim>,
-    ) -> kbp_kernel::Result<(WorkerKey, WorkerState)> {
+        config: &Config,
+    ) -> Result<(WorkerKey, WorkerState), String> {
         let key = WorkerKey::new(policy, cpu);
         let slot = match self.slots.remove(&key) {
             // Its own claim holds the CPU; the second one of this process goes.
             Some(slot) => slot,
             None => Slot {
-                worker: worker::make(policy, cpu, claim)?,
+                worker: worker::make(policy, cpu, claim, config)?,
                 made: Instant::now(),
                 renewals: 0,
                 pods: 0,
@@ -116,11 +120,11 @@ impl Workers {
     }
 
     /// The pod that has joined is not kept after all.
-    pub(crate) fn leave(&mut self, key: WorkerKey, polled: &BTreeSet<NapiId>) {
+    pub(crate) fn leave(&mut self, key: WorkerKey, polled: &Napis) {
         let Some(slot) = self.slots.get_mut(&key) else {
             return;
         };
-        for napi in polled {
+        for napi in polled.keys() {
             if let Err(error) = slot.worker.remove(*napi) {
                 tracing::warn!(%error, "a NAPI is still in the list of a worker");
             }
@@ -141,7 +145,7 @@ impl Workers {
     /// Finds a worker for a pod whose interfaces have come back.
     pub(super) fn place(&mut self, pod: &mut Pod) {
         let plan = pod.placing.plan(&self.loads);
-        let placed = self.join(plan);
+        let placed = self.join(plan, &pod.placing.config);
         pod.worker = placed.worker.as_ref().map(|(key, _)| *key);
         pod.record.placed(&placed);
     }
@@ -153,12 +157,13 @@ impl Workers {
         to: CpuId,
         loads: &BTreeMap<CpuId, u64>,
     ) -> Result<(), String> {
-        let placed = self.join(pod.placing.plan_on(to, loads));
+        let plan = pod.placing.plan_on(to, loads);
+        let placed = self.join(plan, &pod.placing.config);
         let Some((key, _)) = placed.worker else {
             return Err(placed.reason);
         };
-        let mut polled = BTreeSet::new();
-        if let Err(reason) = self.poll(key, &mut polled, &pod.polled) {
+        let mut polled = Napis::new();
+        if let Err(reason) = self.poll(key, &mut polled, &pod.polled, &pod.tuner) {
             self.leave(key, &polled);
             return Err(reason);
         }
@@ -177,41 +182,46 @@ impl Workers {
     }
 
     /// Has the pod's worker poll exactly `wanted`. Goes on after an error and tells the first.
-    pub(crate) fn follow(
-        &mut self,
-        pod: &mut Pod,
-        wanted: &BTreeSet<NapiId>,
-    ) -> Result<(), String> {
+    pub(crate) fn follow(&mut self, pod: &mut Pod, wanted: &Napis) -> Result<(), String> {
         match pod.worker {
-            Some(key) => self.poll(key, &mut pod.polled, wanted),
+            Some(key) => self.poll(key, &mut pod.polled, wanted, &pod.tuner),
             None => Ok(()),
         }
     }
 
-    /// Has a worker poll exactly `wanted` of what was or is `polled`. Goes on after an error and tells the first.
+    /// Has a worker poll exactly `wanted` of what was or is `polled`, of a pod of `tuner`'s. Goes on after an error and tells the first.
     pub(crate) fn poll(
         &mut self,
         key: WorkerKey,
-        polled: &mut BTreeSet<NapiId>,
-        wanted: &BTreeSet<NapiId>,
+        polled: &mut Napis,
+        wanted: &Napis,
+        tuner: &Tuner,
     ) -> Result<(), String> {
         let Some(slot) = self.slots.get_mut(&key) else {
             return Ok(());
         };
         let mut outcome = Ok(());
-        for old in polled.difference(wanted).copied().collect::<Vec<_>>() {
-            match slot.worker.remove(old) {
-                Ok(()) => {
-                    polled.remove(&old);
-                }
-                Err(e) => outcome = outcome.and(Err(e.to_string())),
+        polled.retain(|old, _| {
+            if wanted.contains_key(old) {
+                return true;
             }
-        }
-        for new in wanted.difference(polled).copied().collect::<Vec<_>>() {
-            match slot.worker.add(new) {
-                Ok(()) => {
-                    polled.insert(new);
-                }
+            let removed = slot.worker.remove(*old).map_err(|e| e.to_string());
+            let stays = removed.is_err();
+            outcome = outcome.clone().and(removed);
+            stays
+        });
+        for (napi, end) in wanted {
+            if polled.contains_key(napi) {
+                continue;
+            }
+            let target = Target {
+                napi: *napi,
+                netns: &tuner.host,
+                link: end.host_index,
+                other: Some((&tuner.pod, &end.pod_name)),
+            };
+            match slot.worker.add(&target) {
+                Ok(()) => drop(polled.insert(*napi, end.clone())),
                 Err(e) => outcome = outcome.and(Err(e.to_string())),
             }
         }

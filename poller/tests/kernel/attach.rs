@@ -202,17 +202,25 @@ fn idle_workers_spread_over_the_cpus() {
 
 #[test]
 fn what_is_switched_off_degrades_with_the_name_of_the_file() {
-    for (feature, part, keeps_veth) in [
-        ("sqpoll", Part::Worker, true),
-        ("napi", Part::PollableVeth, false),
+    for (features, part, keeps_veth) in [
+        (&["sqpoll", "socket"][..], Part::Worker, true),
+        (&["napi"], Part::PollableVeth, false),
     ] {
         let node = Node::new();
-        let config = format!("disable = [\"{feature}\"]");
+        let config = format!("disable = {features:?}");
         let request = node.request("a", WorkerPolicy::Idle, &config);
-        let reason = format!(
-            "switched off by disable = [\"{feature}\"] in {}",
-            request.config.path.display()
-        );
+        let reasons: Vec<String> = features
+            .iter()
+            .map(|feature| {
+                let which = match part {
+                    Part::Worker => format!("{feature}: "),
+                    _ => String::new(),
+                };
+                let file = request.config.path.display();
+                format!("{which}switched off by disable = [\"{feature}\"] in {file}")
+            })
+            .collect();
+        let reason = reasons.join("; ");
         let state = node.attached(request).state();
         assert_eq!(
             state.degraded,
@@ -222,8 +230,8 @@ fn what_is_switched_off_degrades_with_the_name_of_the_file() {
             }]
         );
         assert_eq!(state.worker, None);
-        let features = ethtool::features(&node.host, "vhost0").expect("features");
-        assert_eq!(features == POLLABLE, keeps_veth, "{feature}");
+        let found = ethtool::features(&node.host, "vhost0").expect("features");
+        assert_eq!(found == POLLABLE, keeps_veth, "{features:?}");
 
         let mut request = node.request("a", WorkerPolicy::Idle, &config);
         request.policy.required = true;
@@ -240,7 +248,7 @@ fn what_is_switched_off_degrades_with_the_name_of_the_file() {
 #[test]
 fn a_worker_that_nobody_wants_is_not_missing() {
     let node = Node::new();
-    for config in ["", "disable = [\"sqpoll\"]"] {
+    for config in ["", "disable = [\"sqpoll\", \"socket\"]"] {
         let mut request = node.request("a", WorkerPolicy::Auto, config);
         request.policy.required = true;
         let state = node.attached(request).state();
@@ -255,7 +263,10 @@ fn a_worker_that_nobody_wants_is_not_missing() {
         );
     }
     // A pool says that workers are wanted.
-    let config = format!("disable = [\"sqpoll\"]\ncpus = \"{}\"", any_cpu());
+    let config = format!(
+        "disable = [\"sqpoll\", \"socket\"]\ncpus = \"{}\"",
+        any_cpu()
+    );
     let state = node
         .attached(node.request("a", WorkerPolicy::Auto, &config))
         .state();

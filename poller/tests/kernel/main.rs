@@ -7,3 +7,4 @@ mod events;
 mod find;
 mod node;
 mod tool;
+mod workers;

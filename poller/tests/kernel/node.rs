@@ -1,16 +1,17 @@
 //! A node with one pod: two namespaces with a veth between them, and a state directory. All of it vanishes with it.
 
 use std::net::{Ipv4Addr, UdpSocket};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kbp_kernel::link::{Batch, Link, RouteSocket, VethPair};
 use kbp_kernel::netns::Netns;
-use kbp_kernel::{CpuId, CpuSet, MacAddr, Mtu, cpu, netstat, process};
+use kbp_kernel::{CpuId, CpuSet, MacAddr, Mtu, cpu, netstat, process, sockopt};
 use kbp_poller::attach::{AttachRequest, Attachment, Outcome, attach};
 use kbp_poller::config::Config;
 use kbp_poller::policy::{Policy, WorkerPolicy};
@@ -168,8 +169,16 @@ impl Node {
         let source = source.expect("socket in the pod");
         let host: ipnet::IpNet = HOST_ADDRESS.parse().expect("address");
         let port = sink.local_addr().expect("address").port();
+        // The kernel notes the CPU of a packet for connected sockets only.
+        source.connect((host.addr(), port)).expect("connect");
+        let from = source.local_addr().expect("address");
+        sink.connect(from).expect("connect");
+        sink.set_nonblocking(true)
+            .expect("a sink that never blocks");
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
+        let taken = Arc::new(AtomicU64::new(0));
+        let took = Arc::clone(&taken);
         let elsewhere: CpuSet = cpu::usable()
             .expect("cpus")
             .iter()
@@ -180,13 +189,17 @@ impl Node {
             process::set_affinity(0, &elsewhere).expect("pin the sender");
             while !stopped.load(Ordering::Relaxed) {
                 // While the link is down there is no route: go on when it is up again.
-                let _ = source.send_to(&[0; 64], (host.addr(), port));
+                let _ = source.send(&[0; 64]);
+                while sink.recv(&mut [0; 64]).is_ok() {
+                    let cpu = sockopt::incoming_cpu(sink.as_fd()).expect("ask");
+                    took.fetch_add(u64::from(cpu == Some(any_cpu())), Ordering::Relaxed);
+                }
                 std::thread::sleep(Duration::from_micros(200));
             }
-            drop(sink);
         });
         Traffic {
             stop,
+            taken,
             thread: Some(thread),
         }
     }
@@ -208,7 +221,31 @@ impl Node {
 /// Datagrams until it is dropped.
 pub(crate) struct Traffic {
     stop: Arc<AtomicBool>,
+    taken: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
+}
+
+impl Traffic {
+    /// Waits until `more` packets from now on were handled on [`any_cpu`], where they are not sent: by a worker there. Holds
+    /// for every kind of worker, while a NAPI's own thread is in none of the counters of busy polling.
+    pub(crate) fn wait_taken(&self, more: u64) {
+        let start = self.taken.load(Ordering::Relaxed);
+        wait_until("packets to be handled on the worker's CPU", || {
+            (self.taken.load(Ordering::Relaxed) >= start + more).then_some(())
+        });
+    }
+
+    /// Waits until nothing is handled on [`any_cpu`] any more.
+    pub(crate) fn wait_left(&self) {
+        let mut last = (self.taken.load(Ordering::Relaxed), Instant::now());
+        wait_until("softirq to have the packets back", || {
+            let now = self.taken.load(Ordering::Relaxed);
+            if now != last.0 {
+                last = (now, Instant::now());
+            }
+            (last.1.elapsed() > Duration::from_millis(100)).then_some(())
+        });
+    }
 }
 
 impl Drop for Traffic {

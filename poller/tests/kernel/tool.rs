@@ -202,7 +202,7 @@ fn it_says_why_it_cannot() {
     let empty = Node::empty();
     let text = complaint(&empty, &empty.pod, "", &[]);
     assert!(text.contains("no interface but its loopback"), "{text}");
-    let text = complaint(&node, &node.pod, "disable = [\"sqpoll\"]", &[]);
+    let text = complaint(&node, &node.pod, "disable = [\"sqpoll\", \"socket\"]", &[]);
     assert!(
         text.contains("no worker") && text.contains("switched off by"),
         "{text}"

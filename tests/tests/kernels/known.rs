@@ -61,9 +61,13 @@ impl Known {
         known.expect("a series of the table")
     }
 
-    /// Kind of worker that a policy comes to; None where there is none.
-    pub(crate) fn worker(&self, _policy: WorkerPolicy) -> Option<&'static str> {
-        self.sqpoll.then_some("sqpoll")
+    /// Kind of worker that a policy comes to.
+    pub(crate) fn worker(&self, policy: WorkerPolicy) -> &'static str {
+        match policy {
+            WorkerPolicy::Dedicated if self.kthread => "kthread",
+            _ if self.sqpoll => "sqpoll",
+            _ => "socket",
+        }
     }
 }
 

@@ -1,0 +1,46 @@
+//! A polling ring: one kernel thread for any number of NAPIs of any namespace.
+
+use kbp_kernel::ring::{PollRing, RingOptions};
+use kbp_kernel::{NapiId, Result};
+
+use super::LEASE;
+use super::kind::{Poller, Seat, Target};
+
+#[derive(Debug)]
+pub(super) struct Ring(PollRing);
+
+impl Ring {
+    pub(super) fn new(seat: Seat) -> Result<Self> {
+        let ring = PollRing::new(&RingOptions {
+            cpu: seat.cpu,
+            scheduling: seat.scheduling,
+            lease: LEASE,
+            // The NAPI stays free between two rounds, so that a packet which comes while the worker is not running is
+            // handled by softirq at once instead of waiting for it.
+            prefer: false,
+        })?;
+        Ok(Self(ring))
+    }
+}
+
+impl Poller for Ring {
+    fn add(&mut self, target: &Target<'_>) -> Result<()> {
+        self.0.add(target.napi)
+    }
+
+    fn remove(&mut self, napi: NapiId) -> Result<()> {
+        self.0.remove(napi)
+    }
+
+    fn wake(&mut self) -> Result<()> {
+        self.0.wake()
+    }
+
+    fn is_asleep(&self) -> bool {
+        self.0.is_asleep()
+    }
+
+    fn thread_id(&self) -> u32 {
+        self.0.thread_id()
+    }
+}

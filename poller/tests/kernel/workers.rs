@@ -1,0 +1,152 @@
+//! Every kind of worker, each forced by switching the others off: that it polls, follows its link, parks, and leaves no trace.
+
+use kbp_kernel::napi::{NetdevSocket, Threaded};
+use kbp_kernel::probe;
+use kbp_poller::attach::Attachment;
+use kbp_poller::policy::WorkerPolicy;
+use kbp_poller::state::{Part, PodState};
+
+use crate::node::{Node, any_cpu, ip, thread_lives, wait_parked, wait_until};
+
+/// Packets that have to be polled before it counts: enough for it to be no accident, few enough for a slow machine.
+const SOME: u64 = 50;
+
+const KINDS: [&str; 3] = ["kthread", "sqpoll", "socket"];
+
+/// The config under which a dedicated worker is of this kind.
+fn only(kind: &str) -> String {
+    let others = KINDS.iter().filter(|k| **k != kind);
+    let others: Vec<String> = others.map(|k| format!("\"{k}\"")).collect();
+    let others = others.join(", ");
+    format!("cpus = \"{}\"\ndisable = [{others}]\n", any_cpu())
+}
+
+fn attached(node: &Node, policy: WorkerPolicy, config: &str) -> Attachment {
+    node.attached(node.request("a", policy, config))
+}
+
+/// How the host end's NAPI runs, where the kernel tells.
+fn threaded(node: &Node) -> Option<Threaded> {
+    let link = node.host_link("vhost0").index;
+    let napis = NetdevSocket::open_in(&node.host).and_then(|mut s| s.napis(link));
+    napis.ok()?.first()?.threaded
+}
+
+/// What holds of a kind that this kernel has.
+fn works(kind: &str) {
+    let node = Node::new();
+    let attachment = attached(&node, WorkerPolicy::Dedicated, &only(kind));
+    let state = attachment.state();
+    assert_eq!(state.degraded, [], "{kind}");
+    let worker = state.worker.expect("a worker");
+    assert_eq!(worker.kind, kind);
+    let is_thread_of_ours = worker.tid != 0;
+    if is_thread_of_ours {
+        wait_parked(worker.tid);
+    } else {
+        assert_ne!(threaded(&node), Some(Threaded::BusyPoll));
+    }
+
+    let traffic = node.traffic();
+    traffic.wait_taken(SOME);
+    // A link that goes down and up has another NAPI.
+    ip(&node.host, "link set vhost0 down");
+    ip(&node.host, "link set vhost0 up");
+    traffic.wait_taken(SOME);
+    drop(traffic);
+    if is_thread_of_ours {
+        wait_parked(worker.tid);
+    } else {
+        wait_until("the NAPI to be softirq's", || {
+            (threaded(&node) == Some(Threaded::Disabled)).then_some(())
+        });
+    }
+    let traffic = node.traffic();
+    traffic.wait_taken(SOME);
+
+    attachment.detach().expect("detach");
+    traffic.wait_left();
+    assert_ne!(threaded(&node), Some(Threaded::BusyPoll));
+    assert_eq!(node.state_files(), Vec::<String>::new());
+    if is_thread_of_ours {
+        wait_until("the thread to end", || {
+            (!thread_lives(worker.tid)).then_some(())
+        });
+    }
+}
+
+/// What holds of a kind that it has not: the pod goes on without a worker, for a reason that names the kind.
+fn degrades(kind: &str) {
+    let node = Node::new();
+    let state = attached(&node, WorkerPolicy::Dedicated, &only(kind)).state();
+    let [missing] = &state.degraded[..] else {
+        panic!("{kind}: {state:#?}")
+    };
+    assert_eq!(missing.part, Part::Worker);
+    for part in [format!("{kind}: "), "switched off by disable".to_owned()] {
+        assert!(missing.reason.contains(&part), "{}", missing.reason);
+    }
+    assert_eq!(state.worker, None);
+}
+
+fn works_or_degrades(kind: &str, has: kbp_kernel::Result<()>) {
+    match has {
+        Ok(()) => works(kind),
+        Err(reason) => {
+            println!("this kernel has no {kind}: {reason}");
+            degrades(kind);
+        }
+    }
+}
+
+#[test]
+fn kthread() {
+    works_or_degrades("kthread", probe::threaded_busy_poll());
+}
+
+#[test]
+fn sqpoll() {
+    works_or_degrades("sqpoll", probe::sqpoll_napi());
+}
+
+#[test]
+fn socket() {
+    works_or_degrades("socket", probe::socket_busy_poll());
+}
+
+/// The first kind that works, in the order of the policy.
+#[test]
+fn the_best_kind_of_this_kernel_is_chosen() {
+    let kthread = probe::threaded_busy_poll().is_ok();
+    let sqpoll = probe::sqpoll_napi().is_ok();
+    let shared = if sqpoll { "sqpoll" } else { "socket" };
+    let dedicated = if kthread { "kthread" } else { shared };
+    for (policy, expected) in [
+        (WorkerPolicy::Dedicated, dedicated),
+        (WorkerPolicy::Shared, shared),
+        (WorkerPolicy::Auto, shared),
+        (WorkerPolicy::Idle, shared),
+    ] {
+        let node = Node::new();
+        let config = format!("cpus = \"{}\"", any_cpu());
+        let state = attached(&node, policy, &config).state();
+        let kind = state.worker.as_ref().map(|w| w.kind.as_str());
+        assert_eq!(kind, Some(expected), "{policy}: {state:#?}");
+        assert_eq!(state.degraded, []);
+    }
+}
+
+/// A firewall between pod and host keeps the packet off that tells the NAPI to a socket.
+#[test]
+fn a_socket_that_no_packet_reaches_is_told() {
+    let node = Node::new();
+    ip(&node.host, "address flush dev vhost0");
+    let state: PodState = attached(&node, WorkerPolicy::Dedicated, &only("socket")).state();
+    assert!(
+        state
+            .degraded
+            .iter()
+            .any(|d| d.part == Part::Worker && d.reason.contains("eth0")),
+        "{state:#?}"
+    );
+}
