@@ -2,6 +2,7 @@
 //! the NAPIs back to softirq when the lease runs out.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -133,13 +134,12 @@ impl Kthreads {
 impl Poller for Kthreads {
     fn add(&mut self, target: &Target<'_>) -> Result<()> {
         let mut state = self.shared.lock();
-        if !state.napis.contains_key(&target.napi) {
-            let polled = Polled {
+        if let Entry::Vacant(entry) = state.napis.entry(target.napi) {
+            entry.insert(Polled {
                 netns: target.netns.try_clone()?,
                 link: target.link,
                 thread: None,
-            };
-            state.napis.insert(target.napi, polled);
+            });
         }
         if state.until.is_some() {
             state.unpark(self.seat)?;

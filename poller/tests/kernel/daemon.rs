@@ -645,7 +645,7 @@ fn what_the_node_lacks_is_refused_by_name() {
     std::fs::write(&kubelet, given).expect("write");
     for (config, parts) in [
         (
-            format!("disable = [\"sqpoll\"]\n{}", pool()),
+            format!("disable = [\"sqpoll\", \"socket\"]\n{}", pool()),
             vec!["switched off", "sqpoll"],
         ),
         (
