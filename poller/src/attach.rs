@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use kbp_kernel::link::{LinkEvents, RouteSocket};
 use kbp_kernel::netns::Netns;
-use kbp_kernel::{CpuSet, IfIndex, napi_thread};
+use kbp_kernel::{CpuSet, IfIndex, NapiId, napi_thread};
 use nix::sys::eventfd::EventFd;
 
 use crate::config::{Config, Feature};
@@ -348,7 +348,7 @@ impl Parts {
         let (pod, interface) = shared.find(|(_, interface)| {
             interface
                 .host_napi
-                .is_some_and(|napi| napis.contains(&NapiId(napi)))
+                .is_some_and(|napi| napis.contains_key(&NapiId(napi)))
         })?;
         Some(format!(
             "{} is polled already, for {}/{} by process {}",
