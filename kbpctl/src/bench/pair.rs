@@ -383,9 +383,10 @@ impl Node {
         let to = server.address.to_string();
         let seconds = job.seconds.ceil().max(1.0).to_string();
         let out = format!("sockperf-{}", self.count);
+        // Bound to a port: left alone, sockperf's UDP client neither binds nor connects, so kbp never sees its socket; kbpctl's connects.
         // Into a file: what ctr prints of a process that ends is not always whole.
         let script = format!(
-            "for i in 1 2 3 4 5 6 7 8 9; do sockperf ping-pong --ip {to} --port {PORT} --time {seconds} --msg-size {size} --full-rtt >{SHARED}/{out} 2>&1 && exit; sleep 0.1; done"
+            "for i in 1 2 3 4 5 6 7 8 9; do sockperf ping-pong --ip {to} --port {PORT} --time {seconds} --msg-size {size} --full-rtt --client_port 11112 >{SHARED}/{out} 2>&1 && exit; sleep 0.1; done"
         );
         let limit = Duration::from_secs_f64(10.0 * job.seconds.ceil()) + START;
         let said = self

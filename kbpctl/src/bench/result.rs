@@ -81,8 +81,8 @@ pub(crate) struct Round {
 /// What the tables show of an arm.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Summary {
-    /// µs at [`QUANTILES`], over all rounds together; None: no latencies.
-    pub(crate) quantiles: Option<[f64; 5]>,
+    /// µs at [`QUANTILES`], over all rounds together, each where at least one sample is beyond it; None: no latencies.
+    pub(crate) quantiles: Option<[Option<f64>; 5]>,
     pub(crate) max_us: f64,
     pub(crate) samples: u64,
     /// Lowest and highest median of a round.
@@ -217,9 +217,11 @@ impl ArmResult {
         let bytes = sum(&|r| r.bytes as f64);
         let gbit = |r: &Round| r.bytes as f64 * 8.0 / 1e9 / r.seconds.max(1e-9);
         Summary {
-            quantiles: all
-                .as_ref()
-                .map(|h| QUANTILES.map(|(q, _)| us(h.value_at_quantile(q)))),
+            quantiles: all.as_ref().map(|h| {
+                // A share of the samples that is less than one of them is not known.
+                let known = |q: f64| h.len() as f64 * (1.0 - q) >= 1.0 - 1e-6;
+                QUANTILES.map(|(q, _)| known(q).then(|| us(h.value_at_quantile(q))))
+            }),
             max_us: all.as_ref().map_or(0.0, |h| us(h.max())),
             samples: all.as_ref().map_or(0, Histogram::len),
             p50_range: range(&|r| r.p50_us),
@@ -320,8 +322,16 @@ pub(crate) mod tests {
         let arm = arm("x", 10);
         let summary = arm.summary();
         let quantiles = summary.quantiles.expect("latencies");
-        assert!((quantiles[0] - 10.0).abs() < 0.1, "{quantiles:?}");
-        assert!((quantiles[3] - 100.0).abs() < 1.0, "{quantiles:?}");
+        let [median, _, _, tail, far] = quantiles;
+        assert!(
+            median.is_some_and(|us| (us - 10.0).abs() < 0.1),
+            "{quantiles:?}"
+        );
+        assert!(
+            tail.is_some_and(|us| (us - 100.0).abs() < 1.0),
+            "{quantiles:?}"
+        );
+        assert_eq!(far, None, "2000 samples have no 99.99th percentile");
         assert!((summary.max_us - 1000.0).abs() < 2.0);
         assert_eq!(summary.samples, 2000);
         assert!((summary.cpus_busy - 0.5).abs() < 1e-9);

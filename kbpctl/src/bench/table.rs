@@ -98,7 +98,7 @@ pub(crate) fn columns(bench: &Bench) -> Vec<Column> {
                 columns.push(column(
                     head,
                     1,
-                    Box::new(move |s: &Summary| s.quantiles.map(|q| q[n])),
+                    Box::new(move |s: &Summary| s.quantiles.and_then(|q| q[n])),
                 ));
             }
             columns.push(column("max µs", 0, Box::new(|s| Some(s.max_us))));
