@@ -12,6 +12,13 @@ RELEASE := target/release
 BINARIES := containerd-shim-kbp-v1 kbp-poller kbpctl
 CNI_PLUGINS := kbp
 CONFIG = $(shell find config -type f | sort)
+MAN_DIR = $(PREFIX)/share/man/man1
+# kbpctl writes its own manual; a test compares this list with what it writes.
+MAN_PAGES := kbpctl kbpctl-doctor kbpctl-bench kbpctl-bench-rtt kbpctl-bench-pps kbpctl-bench-bulk kbpctl-bench-app \
+    kbpctl-bench-compare kbpctl-status kbpctl-report
+# Shell and the file that it reads.
+COMPLETIONS := bash:bash-completion/completions/kbpctl zsh:zsh/site-functions/_kbpctl fish:fish/vendor_completions.d/kbpctl.fish
+completion-file = $(PREFIX)/share/$(word 2,$(subst :, ,$(1)))
 
 .PHONY: help build deps demo bench bench-cni bench-shim bench-apps bench-window soak test test-kernels lint install uninstall clean needs-root
 .DEFAULT_GOAL := build
@@ -101,10 +108,18 @@ install:
 	$(foreach f,$(BINARIES),$(call install-file,755,$(RELEASE)/$(f),$(BIN_DIR)/$(f)))
 	$(foreach f,$(CNI_PLUGINS),$(call install-file,755,$(RELEASE)/$(f),$(CNI_BIN_DIR)/$(f)))
 	$(foreach f,$(CONFIG),$(call install-file,644,$(f),$(SHARE_DIR)/$(f)))
+	@mkdir --parents $(RELEASE)/completions
+	@$(RELEASE)/kbpctl man $(RELEASE)/man >/dev/null
+	@for shell in $(foreach c,$(COMPLETIONS),$(firstword $(subst :, ,$(c)))); do \
+	    $(RELEASE)/kbpctl completions $$shell >$(RELEASE)/completions/$$shell || exit 1; \
+	done
+	$(foreach f,$(MAN_PAGES),$(call install-file,644,$(RELEASE)/man/$(f).1,$(MAN_DIR)/$(f).1))
+	$(foreach c,$(COMPLETIONS),$(call install-file,644,$(RELEASE)/completions/$(firstword $(subst :, ,$(c))),$(call completion-file,$(c))))
 
 uninstall:
 	rm --force $(foreach f,$(BINARIES),'$(DESTDIR)$(BIN_DIR)/$(f)') $(foreach f,$(CNI_PLUGINS),'$(DESTDIR)$(CNI_BIN_DIR)/$(f)')
 	rm --force $(foreach f,$(CONFIG),'$(DESTDIR)$(SHARE_DIR)/$(f)')
+	rm --force $(foreach f,$(MAN_PAGES),'$(DESTDIR)$(MAN_DIR)/$(f).1') $(foreach c,$(COMPLETIONS),'$(DESTDIR)$(call completion-file,$(c))')
 	@[ ! -d '$(DESTDIR)$(SHARE_DIR)' ] || find '$(DESTDIR)$(SHARE_DIR)' -depth -type d -empty -delete
 
 clean:

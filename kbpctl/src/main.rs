@@ -3,6 +3,8 @@
 mod bench;
 mod doctor;
 mod load;
+mod manual;
+mod report;
 mod status;
 mod text;
 
@@ -11,17 +13,23 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use kbp_poller::error::one_line;
 
 /// sysexits.h EX_USAGE: not to be taken for doctor's 2.
 const USAGE: u8 = 64;
+/// Below the help of the whole.
+const FIRST_STEPS: &str = "\
+First steps, as root:
+  kbpctl doctor             what this node can do, and the command that mends what it cannot
+  kbpctl bench rtt --quick  what kbp gains here, in a minute, from containers that are removed again
+  kbpctl status --watch     what kbp does for the pods of this node now";
 /// As a shell has it for SIGINT.
 const INTERRUPTED: u8 = 130;
 
 /// Says what kbp does on this node, and what the node lacks for it.
 #[derive(Debug, Parser)]
-#[command(name = "kbpctl", version, about, max_term_width = 100)]
+#[command(name = "kbpctl", version, about, max_term_width = 100, after_help = FIRST_STEPS)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -30,6 +38,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Lists the attached pods: veths, NAPI ids, workers, windows, and what is not active and why.
+    #[command(display_order = 3)]
     Status {
         /// Prints JSON: `{"pods": [...], "stale": [...]}`; with --watch one object a line, with rates.
         #[arg(long)]
@@ -48,8 +57,30 @@ enum Command {
         state_dir: Option<PathBuf>,
     },
     /// Measures what kbp gains on this node, between containers that it makes and removes.
-    #[command(subcommand)]
+    #[command(subcommand, display_order = 2)]
     Bench(bench::What),
+    /// Packs everything that a report of a fault needs into one tar archive, without secrets.
+    #[command(display_order = 4)]
+    Report {
+        /// The archive [default: kbp-report-TIME.tar here]; a file that is there is not replaced.
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+        /// Socket of the containerd whose configuration is looked at.
+        #[arg(long, value_name = "SOCKET", env = "CONTAINERD_ADDRESS", default_value = doctor::containerd::SOCKET)]
+        address: PathBuf,
+    },
+    /// Prints the completions of a shell.
+    #[command(hide = true)]
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Writes the man pages into a directory.
+    #[command(hide = true)]
+    Man {
+        /// The directory.
+        dir: PathBuf,
+    },
     /// The processes inside of a bench's containers.
     #[command(subcommand, hide = true)]
     Load(load::Load),
@@ -64,6 +95,7 @@ enum Command {
     /// Tries everything that kbp needs from this kernel and node, and says what to do where something is missing.
     ///
     /// Exit status: 0 all is well, 1 something is degraded, 2 something is broken, 64 wrong usage.
+    #[command(display_order = 1)]
     Doctor {
         /// Prints JSON: `{"verdict": "...", "checks": [...]}`.
         #[arg(long)]
@@ -107,6 +139,9 @@ fn main() -> ExitCode {
             status::run(state_dir.as_deref(), options).map(|text| (text, 0))
         }
         Command::Bench(what) => bench::run(what).map(|text| (text, 0)),
+        Command::Report { out, address } => report::run(out, &address).map(|text| (text, 0)),
+        Command::Completions { shell } => Ok((manual::completions(Cli::command(), shell), 0)),
+        Command::Man { dir } => manual::write(Cli::command(), &dir).map(|text| (text, 0)),
         Command::Load(load) => load::run(load).map(|()| (String::new(), 0)),
         Command::BenchKeeper { ctr, address } => {
             bench::keep(ctr, address).map(|()| (String::new(), 0))

@@ -317,3 +317,63 @@ fn a_reader_that_goes_away_is_no_error() {
     let output = child.wait_with_output().expect("wait");
     assert_eq!(text(&output.stderr), "");
 }
+
+#[test]
+fn the_manual_describes_every_command_and_is_installed_whole() {
+    let _turn = turn();
+    let dir = tempfile::tempdir().expect("tempdir");
+    let path = dir.path().to_str().expect("path");
+    let written = run(&mut kbpctl(&["man", path]));
+    assert!(written.status.success(), "{}", text(&written.stderr));
+    let mut pages: Vec<&str> = text(&written.stdout)
+        .lines()
+        .map(|page| page.strip_suffix(".1").expect("section 1"))
+        .collect();
+    pages.sort_unstable();
+    let makefile = include_str!("../../Makefile").replace("\\\n", " ");
+    let list = makefile
+        .lines()
+        .find_map(|l| l.strip_prefix("MAN_PAGES :="))
+        .expect("MAN_PAGES");
+    let mut installed: Vec<&str> = list.split_whitespace().collect();
+    installed.sort_unstable();
+    assert_eq!(pages, installed);
+    let page = fs::read_to_string(dir.path().join("kbpctl-doctor.1")).expect("page");
+    assert!(page.contains("Exit status"), "{page}");
+    for (shell, words) in [
+        ("bash", "complete -F"),
+        ("zsh", "#compdef kbpctl"),
+        ("fish", "complete -c kbpctl"),
+    ] {
+        let script = run(&mut kbpctl(&["completions", shell]));
+        let script = text(&script.stdout);
+        assert!(
+            script.contains(words) && script.contains("doctor"),
+            "{script}"
+        );
+        assert!(!script.contains("bench-keeper"), "{script}");
+    }
+}
+
+#[test]
+fn the_archive_of_a_report_is_private_and_never_replaces_a_file() {
+    let _turn = turn();
+    let dir = tempfile::tempdir().expect("tempdir");
+    let out = dir.path().join("r.tar");
+    let report = || {
+        let mut command = kbpctl(&["report", "--address", "/nonexistent", "--out"]);
+        command.arg(&out);
+        run(&mut command)
+    };
+    let output = report();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let mode = fs::metadata(&out).expect("archive").permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let again = report();
+    assert_eq!(again.status.code(), Some(1));
+    assert!(
+        text(&again.stderr).contains("--out"),
+        "{}",
+        text(&again.stderr)
+    );
+}

@@ -193,6 +193,10 @@ fn an_installation_below_destdir() {
         "usr/bin/kbpctl",
         "opt/cni/bin/kbp",
         "usr/share/kbp/config/config.toml",
+        "usr/share/man/man1/kbpctl-bench-rtt.1",
+        "usr/share/bash-completion/completions/kbpctl",
+        "usr/share/zsh/site-functions/_kbpctl",
+        "usr/share/fish/vendor_completions.d/kbpctl.fish",
     ] {
         assert!(
             installed.contains(&root.join(file)),

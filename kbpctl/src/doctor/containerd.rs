@@ -100,6 +100,41 @@ pub(crate) fn look(address: &Path) -> Node {
     checks(address).1
 }
 
+/// What of the loaded configuration is about kbp: nothing of registries, their credentials, or other plugins.
+pub(crate) fn excerpt(address: &Path) -> Result<serde_json::Value, String> {
+    let running = running(address)?;
+    let own = std::env::var_os("PATH").unwrap_or_default();
+    let dirs: Vec<PathBuf> = std::env::split_paths(&own).collect();
+    let binary = running.as_ref().and_then(|r| r.exe.clone());
+    let binary = binary.or_else(|| find("containerd", &dirs));
+    let binary = binary.ok_or("containerd is not in PATH")?;
+    let file = config_file(running.as_ref());
+    let dump = dump(&binary, &file)?;
+    let runtimes = cri(&dump).and_then(|cri| cri.get("containerd")?.get("runtimes"));
+    Ok(serde_json::json!({
+        "program": binary,
+        "file": file,
+        "version": dump.get("version"),
+        "disabled_plugins": dump.get("disabled_plugins"),
+        "runtimes": runtimes,
+        "cni": cri(&dump).and_then(|cri| cri.get("cni")),
+    }))
+}
+
+/// The configuration as containerd itself puts it together from defaults, file and imports.
+fn dump(binary: &Path, file: &Path) -> Result<Table, String> {
+    let named = file.display().to_string();
+    // containerd takes a file that is not there for an error when it is named, and for the default when it is not.
+    let arguments: Vec<&str> = match file.exists() {
+        true => vec!["--config", &named, "config", "dump"],
+        false => vec!["config", "default"],
+    };
+    let said = |reason| format!("{} {}: {reason}", binary.display(), arguments.join(" "));
+    let text = output(binary, &arguments).map_err(said)?;
+    text.parse::<Table>()
+        .map_err(|e| said(format!("what it prints is no TOML: {}", e.message())))
+}
+
 /// Who listens at `address`; None: nobody, an error: that cannot be told.
 fn running(address: &Path) -> Result<Option<Running>, String> {
     let socket = match UnixStream::connect(address) {
@@ -225,7 +260,7 @@ fn containerd(
     }
 }
 
-/// The configuration as containerd itself puts it together from defaults, file and imports.
+/// Judges the configuration, and takes over what it says of networks.
 fn configuration(
     binary: &Path,
     file: &Path,
@@ -234,21 +269,12 @@ fn configuration(
 ) -> Vec<Check> {
     const NAME: &str = "containerd-config";
     let file_text = file.display().to_string();
-    // containerd takes a file that is not there for an error when it is named, and for the default when it is not.
-    let arguments: Vec<&str> = match file.exists() {
-        true => vec!["--config", &file_text, "config", "dump"],
-        false => vec!["config", "default"],
-    };
-    let dump = output(binary, &arguments).and_then(|text| {
-        text.parse::<Table>()
-            .map_err(|e| format!("what it prints is no TOML: {}", e.message()))
-    });
-    let dump = match dump {
+    let dump = match dump(binary, file) {
         Ok(dump) => dump,
         Err(reason) => {
             return vec![Check::broken(
                 NAME,
-                format!("{} {}: {reason}", binary.display(), arguments.join(" ")),
+                reason,
                 "containerd does not start with this configuration, or starts without what it was told",
                 format!("mend {file_text}; `containerd config dump` says when it is well"),
             )];

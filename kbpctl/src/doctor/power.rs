@@ -146,7 +146,7 @@ fn judged(log: Option<&str>) -> Check {
 }
 
 /// What the kernel's log holds now.
-fn kernel_log() -> Option<String> {
+pub(crate) fn kernel_log() -> Option<String> {
     use std::io::Read;
     use std::os::unix::fs::OpenOptionsExt;
     let mut file = std::fs::File::options()
