@@ -26,3 +26,4 @@ pub mod window;
 pub mod worker;
 
 pub use error::{Error, Result};
+pub use kbp_kernel::CpuSet;

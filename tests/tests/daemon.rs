@@ -1,5 +1,6 @@
 //! The node's daemon under real shims: it takes their pods over, is killed, comes back, and no packet notices.
 
+use std::collections::BTreeMap;
 use std::net::UdpSocket;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -88,6 +89,12 @@ impl Drop for Daemon<'_> {
     }
 }
 
+/// The shims of these pods; asked once, since `ctr` takes longer than what is measured.
+fn shims(lab: &Lab<'_>, pods: &[&str]) -> BTreeMap<String, u32> {
+    let shim = |id: &&str| lab.containerd.shim_pid(id).expect("shim");
+    pods.iter().map(|id| ((*id).to_owned(), shim(id))).collect()
+}
+
 /// Polling threads of a process.
 fn pollers(pid: u32) -> usize {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
@@ -124,8 +131,11 @@ fn wait_owner(lab: &Lab<'_>, pods: &[&str], owner: impl Fn(&str) -> u32, limit: 
 }
 
 fn start_server<'l>(lab: &'l Lab<'l>, id: &str) -> Pod<'l> {
-    let echo = kbp_tests::fixtures::echo().expect("echo server");
-    lab.rootfs.binary(&echo, "/usr/bin/server").expect("copy");
+    // While one runs, its file cannot be written.
+    if !lab.rootfs.dir().join("usr/bin/server").exists() {
+        let echo = kbp_tests::fixtures::echo().expect("echo server");
+        lab.rootfs.binary(&echo, "/usr/bin/server").expect("copy");
+    }
     let pod = lab.pod(id);
     let server = lab
         .container(id, ["/usr/bin/server", "epoll", "7000"])
@@ -218,7 +228,8 @@ fn pods_of_running_shims_are_taken_over_and_go_back() {
     on_with(Arm::KBP, settings(), |lab| {
         let pods = ["a", "b"];
         let _netns = pods.map(|id| start_server(lab, id));
-        let shim = |id: &str| lab.containerd.shim_pid(id).expect("shim");
+        let shims = shims(lab, &pods);
+        let shim = |id: &str| shims[id];
         wait_owner(lab, &pods, shim, LIMIT);
 
         let daemon = Daemon::start(lab);
@@ -243,7 +254,7 @@ fn pods_of_running_shims_are_taken_over_and_go_back() {
         // A pod that starts now goes to the daemon at once, and ends there.
         let _c = start_server(lab, "c");
         wait_owner(lab, &["c"], |_| daemon.pid, LIMIT);
-        assert_eq!(pollers(shim("c")), 0);
+        assert_eq!(pollers(lab.containerd.shim_pid("c").expect("shim")), 0);
         lab.containerd.remove("c").expect("remove");
         assert!(lab.state("c").is_none());
 
@@ -261,9 +272,10 @@ fn pods_of_running_shims_are_taken_over_and_go_back() {
 fn a_killed_daemon_costs_a_ping_pong_nothing_and_is_back_within_a_second() {
     on_with(Arm::KBP, settings(), |lab| {
         let server = start_server(lab, "server");
-        let shim = |id: &str| lab.containerd.shim_pid(id).expect("shim");
         let pods = ["server", "client"];
         let samples = ping_pong(lab, &server, || {
+            let shims = shims(lab, &pods);
+            let shim = |id: &str| shims[id];
             for _ in 0..3 {
                 let daemon = Daemon::start(lab);
                 let began = Instant::now();
@@ -288,7 +300,8 @@ fn a_killed_daemon_costs_a_ping_pong_nothing_and_is_back_within_a_second() {
 fn a_killed_daemon_costs_a_flood_not_one_packet() {
     on_with(Arm::KBP, settings(), |lab| {
         let pod = start_server(lab, "server");
-        let shim = |id: &str| lab.containerd.shim_pid(id).expect("shim");
+        let shims = shims(lab, &["server"]);
+        let shim = |id: &str| shims[id];
         wait_owner(lab, &["server"], shim, LIMIT);
         let state = lab.state("server").expect("state");
         let host_end = state.interfaces[0].host_interface.clone();

@@ -29,8 +29,14 @@ struct Daemon {
     dir: PathBuf,
 }
 
+/// What is installed, where it has been built; else the one beside this test.
+fn binary() -> PathBuf {
+    let built = env!("CARGO_BIN_EXE_kbp-poller").into();
+    std::env::var_os("KBP_BIN_DIR").map_or(built, |dir| Path::new(&dir).join("kbp-poller"))
+}
+
 fn command(node: &Node, config: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_kbp-poller"));
+    let mut command = Command::new(binary());
     command
         .arg("serve")
         .arg("--config")
@@ -502,7 +508,7 @@ fn only_root_is_served_and_only_root_serves() {
         "{output:?}"
     );
     let copy = node.state_dir().join("kbp-poller");
-    std::fs::copy(env!("CARGO_BIN_EXE_kbp-poller"), &copy).expect("copy");
+    std::fs::copy(binary(), &copy).expect("copy");
     let output = Command::new(&copy)
         .args(["serve", "--config"])
         .arg(node.config_file(""))
@@ -963,6 +969,25 @@ fn a_hundred_pods_share_one_worker_and_little_memory() {
     assert_eq!(threads.count(), 3, "main, keeper and the one worker");
     let each = (resident(daemon.pid()) - before) / PODS as u64;
     println!("{each} KiB a pod");
+    let threads = || -> Duration {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).expect("tasks");
+        tasks
+            .flatten()
+            .filter_map(|t| t.file_name().to_str()?.parse().ok())
+            .filter_map(|tid| process::cpu_time(daemon.pid(), tid).ok())
+            .sum()
+    };
+    // Nobody talks: after the last look at the new links, the worker parks and little is done.
+    wait_until("silence", || {
+        daemon
+            .metrics()
+            .contains("kbp_worker_parked{")
+            .then_some(())
+    });
+    let (used, since) = (threads(), Instant::now());
+    std::thread::sleep(Duration::from_secs(2));
+    let share = (threads() - used).as_secs_f64() / since.elapsed().as_secs_f64();
+    println!("{:.2} % of a core for {PODS} silent pods", share * 100.0);
     assert!(each <= 64, "{each} KiB a pod");
     assert!(daemon.metrics().contains("kbp_worker_pods{kind=\"sqpoll\""));
 
@@ -1109,4 +1134,51 @@ fn a_pod_is_moved_whole_from_a_hot_core() {
     assert!(!moved.is_empty(), "{moved:?}");
     assert!(moved.iter().all(|p| p.degraded.is_empty()), "{moved:?}");
     node.wait_polled(100);
+}
+
+/// The daemon speaks ttrpc, and not only what its own client takes for it.
+#[tokio::test]
+async fn another_ttrpc_client_is_understood() {
+    use containerd_shim_protos::ttrpc;
+    use prost::Message;
+    let node = Node::new();
+    let daemon = Daemon::start(&node, &pool());
+    let address = format!("unix://{}", daemon.socket().display());
+    let client = ttrpc::r#async::Client::connect(&address)
+        .await
+        .expect("connect");
+    let call = |method: &str, payload: Vec<u8>| ttrpc::Request {
+        service: api::SERVICE.to_owned(),
+        method: method.to_owned(),
+        payload,
+        ..ttrpc::Request::default()
+    };
+    let payload = request("a", &node.pod).encode_to_vec();
+    let answer = client
+        .request(call("Attach", payload))
+        .await
+        .expect("attach");
+    let answer = api::AttachResponse::decode(answer.payload.as_slice()).expect("decode");
+    assert_eq!(answer.outcome(), api::Outcome::Attached);
+
+    let error = client.request(call("Fly", Vec::new())).await;
+    match error.expect_err("no such method") {
+        ttrpc::Error::RpcStatus(status) => {
+            assert_eq!(status.code(), ttrpc::Code::UNIMPLEMENTED);
+            assert!(status.message.contains("Attach, Detach"), "{status:?}");
+        }
+        other => panic!("{other}"),
+    }
+    let mut events = client
+        .new_stream(call("Watch", Vec::new()), false, true)
+        .await
+        .expect("watch");
+
+    let event = events.recv().await.expect("an event");
+    let event = api::WatchEvent::decode(event.as_slice()).expect("decode");
+    assert_eq!(event.kind(), EventKind::Attached);
+    ip(&node.host, "link set vhost0 down");
+    let event = events.recv().await.expect("an event");
+    let event = api::WatchEvent::decode(event.as_slice()).expect("decode");
+    assert_eq!(event.kind(), EventKind::Changed);
 }
