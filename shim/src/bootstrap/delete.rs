@@ -30,7 +30,7 @@ pub fn delete(flags: &Flags) -> anyhow::Result<DeleteResponse> {
     );
     let bundle = bundle(flags)?;
     let options = Options::load(&bundle).unwrap_or_default();
-    let systemd_cgroup = Spec::read(&bundle).is_ok_and(|spec| spec.has_systemd_cgroup());
+    let systemd_cgroup = Spec::read(&bundle).is_ok_and(|spec| spec.wants_systemd_cgroup());
     let default_runtime = super::server::default_runtime();
     let runtime = Runtime::new(
         &options,

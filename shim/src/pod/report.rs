@@ -71,6 +71,7 @@ fn sum_up(shares: &[&Share<'_>]) -> Window {
 
 /// Whoever keeps the pod's state file.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "a shim has one")]
 pub(super) enum Report {
     /// The pod's veth is attached, here or at the node's daemon.
     Attached(Polled),

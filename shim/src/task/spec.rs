@@ -61,8 +61,14 @@ impl Spec {
             .any(|namespace| namespace.kind == "pid" && namespace.path.is_empty())
     }
 
+    /// Whether systemd is to make the cgroup: its path is one of systemd's, and systemd runs (sd_booted(3)). On a node without
+    /// systemd the OCI runtimes take such a path for an ordinary one, and refuse to be asked for systemd.
+    pub fn wants_systemd_cgroup(&self) -> bool {
+        self.has_systemd_path() && Path::new("/run/systemd/system").is_dir()
+    }
+
     /// Whether the cgroup path is systemd's: `slice:prefix:name`.
-    pub fn has_systemd_cgroup(&self) -> bool {
+    fn has_systemd_path(&self) -> bool {
         self.linux.as_ref().is_some_and(|linux| {
             let mut parts = linux.cgroups_path.split(':');
             let slice = parts.next().unwrap_or_default();
@@ -91,9 +97,9 @@ mod tests {
             ("/kubepods/pod:1:2", false),
         ] {
             let spec = spec(&format!("{{\"cgroupsPath\":\"{path}\"}}"));
-            assert_eq!(spec.has_systemd_cgroup(), systemd, "{path}");
+            assert_eq!(spec.has_systemd_path(), systemd, "{path}");
         }
-        assert!(!Spec::default().has_systemd_cgroup());
+        assert!(!Spec::default().has_systemd_path());
     }
 
     #[test]

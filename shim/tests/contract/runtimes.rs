@@ -196,21 +196,34 @@ async fn cri_s_options_are_understood_from_body_and_file() {
 }
 
 #[tokio::test]
-async fn a_systemd_cgroup_path_is_recognised() {
-    let mut world = World::new().await;
-    add_runtime(&mut world, "[ $verb = create ] && exit 1");
-    world.add_bundle_with("c", &["true"], |spec| {
-        spec["linux"]["cgroupsPath"] = json!("user.slice:kbp:c")
-    });
-    let shim = world.start_shim("c").await;
-    shim.create(&world.create_request("c"))
-        .await
-        .expect_err("the runtime fails");
-    assert!(
-        calls(&world).contains("--systemd-cgroup create"),
-        "{}",
-        calls(&world)
-    );
+async fn a_systemd_cgroup_path_is_recognised_where_systemd_runs() {
+    for (runs, put) in [(true, "mkdir /run/systemd/system"), (false, "true")] {
+        let mut world = World::new().await;
+        add_runtime(&mut world, "[ $verb = create ] && exit 1");
+        world.add_bundle_with("c", &["true"], |spec| {
+            spec["linux"]["cgroupsPath"] = json!("user.slice:kbp:c")
+        });
+        // In a mount namespace of its own it is for the test to say whether systemd runs.
+        let start = world.binary("c", &["start"]);
+        let script = format!(
+            "mkdir -p /run/systemd && mount -t tmpfs tmpfs /run/systemd && {put} && exec \"$@\""
+        );
+        let mut command = std::process::Command::new("unshare");
+        command.args(["--mount", "sh", "-c", &script, "sh"]);
+        command.arg(start.get_program()).args(start.get_args());
+        command.current_dir(world.bundle("c"));
+        for (name, value) in start.get_envs() {
+            command.env(name, value.unwrap_or_default());
+        }
+        let output = world.run(command, &world.bootstrap_params("c"));
+        let shim = world.connect_to(&output).await;
+        shim.create(&world.create_request("c"))
+            .await
+            .expect_err("the runtime fails");
+        let calls = calls(&world);
+        assert!(calls.contains(" create "), "{calls}");
+        assert_eq!(calls.contains("--systemd-cgroup create"), runs, "{calls}");
+    }
 }
 
 #[tokio::test]

@@ -107,53 +107,51 @@ fn crictl_on_v2() {
     crictl(Generation::V2);
 }
 
+/// What critest can do without a registry and in under a minute. Not among it, because the stock runtime cannot do it either with these
+/// images on such a machine: groups of a user that the images would have to name, masked paths, the node's IPC namespace, process
+/// namespaces and port forwarding in the node's network; nor AppArmor and SELinux.
+const FOCUS: &str = "basic operations on container|streaming interfaces|pod sandbox|PodSandbox|support log|container mount|seccomp|OOMKilled";
+const SKIP: &str = "execSync with timeout|portforward in host network|AppArmor|SELinux|NoNewPrivs|propagation|recursive|stats";
+
+/// critest's own tests of the handler.
+fn critest(generation: Generation) {
+    on_node(
+        generation,
+        |handler| handler,
+        |node| {
+            let dir = node.sandbox.dir();
+            let rootfs = Rootfs::busybox(&dir.join("critest")).expect("rootfs");
+            let serve = "mkdir -p /www; echo hello >/www/index.html; exec httpd -f -p 80 -h /www";
+            for name in ["busybox:1.29-2", "nginx:1.14-2"] {
+                let reference = format!("registry.k8s.io/e2e-test-images/{name}");
+                let archive = rootfs.archive(&reference, &["sh", "-c", serve], dir);
+                let archive = archive.expect("archive").display().to_string();
+                let import = ["--namespace", "k8s.io", "images", "import", &archive];
+                let imported = node.containerd.ctr(import).expect("import");
+                imported.success().expect("import");
+            }
+            let arguments = [
+                "--runtime-handler",
+                "kbp",
+                "--ginkgo.focus",
+                FOCUS,
+                "--ginkgo.skip",
+                SKIP,
+                "--ginkgo.no-color",
+            ];
+            let output = node.tool("critest", &arguments, Duration::from_secs(180));
+            let output = output.success().expect("every test passes");
+            let passed = output.stdout.lines().rev().find_map(|line| {
+                let (before, _) = line.split_once(" Passed")?;
+                before.split_whitespace().last()?.parse::<u32>().ok()
+            });
+            println!("critest: {passed:?} passed");
+            assert!(passed.is_some_and(|passed| passed >= 20), "{output}");
+        },
+    );
+}
+
 #[test]
-fn critest_explore() {
-    for handler in ["runc", "kbp"] {
-        on_node(
-            Generation::Machine,
-            |h| h,
-            |node| {
-                let rootfs = Rootfs::busybox(&node.sandbox.dir().join("rootfs2")).expect("rootfs");
-                for name in [
-                    "busybox:1.29-2",
-                    "nginx:1.14-2",
-                    "nginx:1.14-1",
-                    "busybox:1.28",
-                    "httpd:2.4.39-4",
-                ] {
-                    let reference = format!("registry.k8s.io/e2e-test-images/{name}");
-                    let archive = rootfs.archive(&reference, &["sh", "-c", "mkdir -p /www; echo hello nginx > /www/index.html; exec httpd -f -p 80 -h /www"], node.sandbox.dir()).expect("a");
-                    node.containerd
-                        .ctr([
-                            "--namespace",
-                            "k8s.io",
-                            "images",
-                            "import",
-                            &archive.display().to_string(),
-                        ])
-                        .expect("i")
-                        .success()
-                        .expect("i");
-                }
-                let focus = std::env::var("CRITEST_FOCUS").unwrap_or_default();
-                let skip = std::env::var("CRITEST_SKIP").unwrap_or_default();
-                let out = node.tool(
-                    "critest",
-                    &[
-                        "--runtime-handler",
-                        handler,
-                        "--ginkgo.focus",
-                        &focus,
-                        "--ginkgo.skip",
-                        &skip,
-                        "--ginkgo.no-color",
-                        "--ginkgo.vv",
-                    ],
-                    Duration::from_secs(400),
-                );
-                println!("=== {handler} {out}");
-            },
-        );
-    }
+fn critest_on_v2() {
+    critest(Generation::V2);
 }

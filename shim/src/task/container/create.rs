@@ -49,7 +49,7 @@ impl Container {
             &around.default_runtime,
             &around.namespace,
             &bundle,
-            spec.has_systemd_cgroup(),
+            spec.wants_systemd_cgroup(),
         );
         let stdio = Stdio {
             stdin: request.stdin.clone(),
