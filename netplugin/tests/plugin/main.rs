@@ -22,6 +22,7 @@
 //! | replacing the binary | `contract::the_binary…` |
 //! | registering with kbp-poller: there, absent, refusing, silent | `poller` |
 //! | libcni: lists, cached results, changed configs, drop-in files | `libcni` (with Go) |
+//! | a flood from pod to pod | `flood` |
 //! | random stdin and environment | `fuzz` |
 //! | a smaller MTU on the way | `contract::a_pod_of_another_plugin…`, `matrix`, `lifecycle::only_what_leaves…` |
 
@@ -30,6 +31,7 @@ mod bridge;
 mod contract;
 mod examples;
 mod failure;
+mod flood;
 mod fuzz;
 mod inject;
 mod input;

@@ -14,7 +14,7 @@ use crate::traffic::udp;
 use crate::world::{Pod, World};
 
 /// The NAPI instances of a link.
-fn napis(netns: &Netns, name: &str) -> Vec<NapiId> {
+pub(crate) fn napis(netns: &Netns, name: &str) -> Vec<NapiId> {
     let link = RouteSocket::open_in(netns)
         .expect("open")
         .link_by_name(name)

@@ -9,7 +9,7 @@ use nix::sys::socket::{getsockopt, sockopt};
 
 const PATIENCE: Duration = Duration::from_secs(5);
 
-fn any(address: IpAddr) -> SocketAddr {
+pub(crate) fn any(address: IpAddr) -> SocketAddr {
     let any = if address.is_ipv6() {
         "[::]:0"
     } else {
