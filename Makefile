@@ -94,6 +94,16 @@ lint:
 	scripts/check-crates
 	shellcheck $$(git ls-files --cached --others --exclude-standard | xargs grep --files-with-matches --extended-regexp '^#!/bin/(ba)?sh')
 
+# Written by the kbpctl that is installed.
+MANUAL := $(RELEASE)/completions/written
+$(MANUAL): $(RELEASE)/kbpctl
+	@mkdir --parents $(@D)
+	@$(RELEASE)/kbpctl man $(RELEASE)/man >/dev/null
+	@for shell in $(foreach c,$(COMPLETIONS),$(firstword $(subst :, ,$(c)))); do \
+	    $(RELEASE)/kbpctl completions $$shell >$(@D)/$$shell || exit 1; \
+	done
+	@touch $@
+
 # A running shim or a plugin in mid-call keeps its old file: each file is put beside its place and renamed into it.
 define install-file
 	install -D --mode=$(1) '$(2)' '$(DESTDIR)$(3).new'
@@ -108,11 +118,7 @@ install:
 	$(foreach f,$(BINARIES),$(call install-file,755,$(RELEASE)/$(f),$(BIN_DIR)/$(f)))
 	$(foreach f,$(CNI_PLUGINS),$(call install-file,755,$(RELEASE)/$(f),$(CNI_BIN_DIR)/$(f)))
 	$(foreach f,$(CONFIG),$(call install-file,644,$(f),$(SHARE_DIR)/$(f)))
-	@mkdir --parents $(RELEASE)/completions
-	@$(RELEASE)/kbpctl man $(RELEASE)/man >/dev/null
-	@for shell in $(foreach c,$(COMPLETIONS),$(firstword $(subst :, ,$(c)))); do \
-	    $(RELEASE)/kbpctl completions $$shell >$(RELEASE)/completions/$$shell || exit 1; \
-	done
+	@flock $(RELEASE) $(MAKE) --no-print-directory $(MANUAL)
 	$(foreach f,$(MAN_PAGES),$(call install-file,644,$(RELEASE)/man/$(f).1,$(MAN_DIR)/$(f).1))
 	$(foreach c,$(COMPLETIONS),$(call install-file,644,$(RELEASE)/completions/$(firstword $(subst :, ,$(c))),$(call completion-file,$(c))))
 
