@@ -180,6 +180,22 @@ fn round_trips_of_every_kind_of_arm_with_every_file() {
     node.is_clean();
 }
 
+/// Whether the two agree is for a quiet machine to say; here both are asked in the same containers.
+#[test]
+fn sockperf_is_asked_beside() {
+    program("sockperf", "sockperf").expect("sockperf");
+    let sandbox = Sandbox::new().expect("node");
+    let node = Node::new(&sandbox);
+    let output = node.short(&["rtt", "--arms", "stock,kbp", "--sockperf"]);
+    let said = output.success().expect("bench").stdout;
+    let words = "ratio to stock";
+    assert!(
+        said.contains("sockperf in the same containers") && said.contains(words),
+        "{said}"
+    );
+    node.is_clean();
+}
+
 #[test]
 fn an_open_loop_keeps_its_rate_and_counts_from_when_requests_were_due() {
     let sandbox = Sandbox::new().expect("node");
@@ -219,7 +235,8 @@ fn packets_streams_and_programs_of_the_machine() {
     }
     program("redis-server", "redis-server").expect("redis");
     program("memcached", "memcached").expect("memcached");
-    for app in ["redis", "memcached"] {
+    program("nginx", "nginx-light").expect("nginx");
+    for app in ["redis", "memcached", "nginx"] {
         let bench = node.json(&["app", app, "--arms", "stock,kbp"]);
         for name in ["stock", "kbp"] {
             let round = &arm(&bench, name)["rounds"][0];

@@ -103,13 +103,6 @@ impl Ctr {
         self.interrupt.run_or_kill(command, limit)
     }
 
-    /// Starts a command in a container.
-    pub(crate) fn exec_detached(&self, id: &str, exec_id: &str, command: &[&str]) -> Result<()> {
-        let mut arguments = vec!["tasks", "exec", "--detach", "--exec-id", exec_id, id];
-        arguments.extend(command);
-        self.good(&arguments).map(drop)
-    }
-
     /// Ends a container and removes it.
     pub(crate) fn remove(&self, id: &str) -> Result<()> {
         // One without a task, or whose task goes just now.

@@ -125,7 +125,7 @@ fn examine(address: &Path) -> Report {
     let mut checks = vec![node::privileges(privileged), config_check];
     checks.extend(kernel::checks(privileged, config.as_ref()));
     checks.extend(node::checks(config.as_ref()));
-    checks.extend(power::checks(privileged));
+    checks.extend(power::checks(privileged, config.as_ref()));
     let (containerd, node) = containerd::checks(address);
     checks.extend(containerd);
     checks.extend(software::checks(config.as_ref(), &node));

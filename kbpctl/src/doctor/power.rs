@@ -2,17 +2,19 @@
 
 use std::path::Path;
 
+use kbp_poller::config::{Config, Feature};
+
 use super::Check;
 
 /// A sleep state that takes longer to leave than this shows in a round trip, µs.
 const DEEP_US: u32 = 10;
 
 /// Every check of this file.
-pub(super) fn checks(privileged: bool) -> Vec<Check> {
+pub(super) fn checks(privileged: bool, config: Option<&Config>) -> Vec<Check> {
     vec![
         sleep_states(Path::new("/sys")),
         realtime(Path::new("/proc/sys/kernel/sched_rt_runtime_us")),
-        threaded_busy_poll(privileged),
+        threaded_busy_poll(privileged, config),
     ]
 }
 
@@ -105,8 +107,12 @@ fn realtime(path: &Path) -> Check {
 
 /// A thread of `threaded=busy-poll` on early 6.19 never reported to RCU-tasks, and everything that waits for that hung. Whether a kernel
 /// has the mend cannot be tried without risking just that hang, so only what the kernel itself has said is looked at.
-fn threaded_busy_poll(privileged: bool) -> Check {
+fn threaded_busy_poll(privileged: bool, config: Option<&Config>) -> Check {
     const NAME: &str = "threaded-busy-poll";
+    if let Some(off) = config.and_then(|c| c.switched_off(Feature::Kthread)) {
+        return Check::ok(NAME, off)
+            .meaning("dedicated workers poll in another way; the bug of early 6.19 cannot strike");
+    }
     if !privileged {
         return Check::ok(NAME, "not tried: it takes root").meaning(
             "kernels that can poll by a thread per NAPI (6.19) had a bug at first; run kbpctl doctor as root to see whether this one can",
@@ -116,7 +122,8 @@ fn threaded_busy_poll(privileged: bool) -> Check {
         Err(_) => Check::ok(
             NAME,
             "this kernel has no threaded busy polling, and so not the bug of its first version",
-        ),
+        )
+        .meaning("dedicated workers poll by a ring or by sockets instead"),
         Ok(()) => judged(kernel_log().as_deref()),
     }
 }
@@ -132,7 +139,7 @@ fn judged(log: Option<&str>) -> Check {
             NAME,
             format!("the kernel log says: {}", line.trim()),
             "something keeps RCU-tasks waiting: tracing, BPF and module unloading hang; early 6.19 does so while a NAPI thread busy-polls",
-            "a kernel with commit 1a86a1f7d889; until then workers of other kinds (kbp.io/worker: shared)",
+            "a kernel with commit 1a86a1f7d889; until then disable = [\"kthread\"] in kbp's config file",
         ),
         (None, Some(_)) => Check::ok(NAME, "threaded busy polling is there; no stall of rcu_tasks in the kernel log")
             .meaning("early 6.19 kernels stall rcu_tasks while such a thread polls (mended by commit 1a86a1f7d889); that cannot be tried without risking the stall"),

@@ -179,7 +179,11 @@ fn veths(pod: &PodState) -> Vec<String> {
 fn worker(pod: &PodState) -> (String, String) {
     match &pod.worker {
         Some(w) => (
-            format!("{} {} {}", w.policy, w.kind, w.tid),
+            // A NAPI's own thread is another one each time it wakes.
+            match w.tid {
+                0 => format!("{} {}", w.policy, w.kind),
+                tid => format!("{} {} {tid}", w.policy, w.kind),
+            },
             w.cpu.to_string(),
         ),
         None => (WorkerPolicy::None.to_string(), "-".to_owned()),

@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 
 use kbp_kernel::IfIndex;
 use kbp_kernel::link::RouteSocket;
+use kbp_kernel::napi::NetdevSocket;
 use kbp_kernel::netns::Netns;
 use kbp_kernel::netstat::busy_poll_rx_packets;
 use kbp_kernel::process::cpu_time;
-use kbp_poller::state::PodState;
+use kbp_poller::state::{PodState, WorkerState};
 use serde::Serialize;
 
 /// What a pod has done since its veth exists. None: this node does not tell, or not this user.
@@ -44,8 +45,9 @@ impl Sampler {
     fn counters(&mut self, pod: &PodState, socket: Option<&mut RouteSocket>) -> Counters {
         let mut counters = Counters::default();
         if let Some(worker) = &pod.worker {
-            let time = cpu_time(pod.owner_pid, worker.tid).ok();
-            counters.worker_cpu_ns = time.and_then(|t| u64::try_from(t.as_nanos()).ok());
+            counters.worker_cpu_ns = thread_of(worker, pod)
+                .and_then(|tid| cpu_time(tid, tid).ok())
+                .and_then(|time| u64::try_from(time.as_nanos()).ok());
         }
         let Some(socket) = socket else {
             return counters;
@@ -85,6 +87,19 @@ impl Sampler {
         };
         busy_poll_rx_packets(netns).ok()
     }
+}
+
+/// The worker's thread; a NAPI's own one has to be asked for, since the kernel makes a new one now and then.
+fn thread_of(worker: &WorkerState, pod: &PodState) -> Option<u32> {
+    if worker.tid != 0 {
+        return Some(worker.tid);
+    }
+    let mut socket = NetdevSocket::open().ok()?;
+    let mut pids = pod.interfaces.iter().filter_map(|i| {
+        let napis = socket.napis(IfIndex(i.host_ifindex)).ok()?;
+        napis.into_iter().find_map(|n| n.pid)
+    });
+    pids.next()
 }
 
 /// The network namespace with that id: one of a process, since a pod that does something has one.
