@@ -59,7 +59,8 @@ impl Placing {
 
     /// Decides, given `load` in packets a second of this process' workers on each CPU.
     pub(crate) fn plan(&self, load: &BTreeMap<CpuId, u64>) -> Plan {
-        let _lock = state::lock(&self.config.state_dir);
+        // Without the lock of the state directory: who attaches holds that and waits for the engine, whose thread this is.
+        // The claims are locked one by one all the same.
         match state::read_all(&self.config.state_dir) {
             Ok(pods) => self.plan_among(&pods, load),
             Err(error) => Plan::failed(error.to_string()),

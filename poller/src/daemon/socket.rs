@@ -103,6 +103,10 @@ impl Sockets {
             let listener = TcpListener::bind(address)
                 .and_then(|l| l.set_nonblocking(true).map(|()| l))
                 .map_err(|e| DaemonError::io(format!("listen on {address}"), e))?;
+            // The port may have been the kernel's to choose.
+            if let Ok(address) = listener.local_addr() {
+                tracing::info!("metrics at http://{address}/metrics");
+            }
             sockets.listeners.push(Listener::MetricsTcp(listener));
         }
         Ok(sockets)

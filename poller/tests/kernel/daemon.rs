@@ -850,6 +850,44 @@ fn metrics_are_scraped() {
     assert!(drawn > 5, "the dashboard draws {drawn} metrics");
 }
 
+#[test]
+fn metrics_are_served_on_a_loopback_port_to_those_who_ask_properly() {
+    let node = Node::new();
+    ip(&node.host, "link set lo up");
+    let mut command = command(&node, "");
+    command.args(["--metrics", "127.0.0.1:0"]);
+    let mut daemon = spawn(&node, &mut command);
+    let mut line = String::new();
+    let stderr = daemon.child.stderr.take().expect("stderr");
+    let mut stderr = BufReader::new(stderr);
+    stderr.read_line(&mut line).expect("a line");
+    let (_, address) = line.trim().split_once("http://").expect("an address");
+    let address = address.strip_suffix("/metrics").expect("a path").to_owned();
+    daemon.wait_ready();
+    let ask = |request: &[u8]| {
+        let stream = node.host.run(|| std::net::TcpStream::connect(&address));
+        let mut stream = stream.expect("enter").expect("connect");
+        stream.set_read_timeout(Some(LIMIT)).expect("limit");
+        stream.write_all(request).expect("write");
+        let mut text = String::new();
+        stream.read_to_string(&mut text).expect("read");
+        text
+    };
+    let text = ask(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
+    assert!(text.contains("kbp_poller_attachments 0"), "{text}");
+    let text = ask(b"GET /secrets HTTP/1.1\r\n\r\n");
+    assert!(text.starts_with("HTTP/1.1 404"), "{text}");
+    let text = ask(b"nonsense\r\n\r\n");
+    assert!(text.starts_with("HTTP/1.1 400"), "{text}");
+    // Who says nothing is let go in the end, and hinders nobody until then.
+    let silent = node.host.run(|| std::net::TcpStream::connect(&address));
+    let mut silent = silent.expect("enter").expect("connect");
+    silent.set_read_timeout(Some(LIMIT)).expect("limit");
+    assert_eq!(names(&mut daemon.client()), Vec::<String>::new());
+    let mut nothing = [0];
+    assert_eq!(silent.read(&mut nothing).expect("the end"), 0);
+}
+
 /// Metrics that are there only while there is something to tell.
 const CONDITIONAL: [&str; 2] = ["kbp_pod_degraded_parts", "kbp_poller_cpu_latency_seconds"];
 
