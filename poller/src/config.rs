@@ -25,8 +25,7 @@ const DEFAULT_HOT: u64 = 100_000;
 /// Value of `cpus` for the CPUs that the kernel isolates.
 const ISOLATED: &str = "isolated";
 
-const KEYS: &str =
-    "worker, busy-poll, profile, required, cpus, state-dir, runtime, disable, hot, kubelet-state";
+const KEYS: &str = "worker, busy-poll, profile, required, cpus, uplinks, state-dir, runtime, disable, hot, kubelet-state";
 
 /// A kernel feature that the operator can switch off, for a kernel on which it misbehaves.
 /// kbp then acts as if the kernel had refused it.
@@ -83,6 +82,8 @@ pub struct Config {
     pub cpus: CpuSet,
     /// Whether `cpus` says `"isolated"`: then an empty pool means that the kernel isolates no CPU.
     pub cpus_isolated: bool,
+    /// Interfaces of the node itself that the daemon polls (`uplinks = ["eth0"]`).
+    pub uplinks: Vec<String>,
     /// Directory of state, claims and notifier sockets (`state-dir`); default `/run/kbp`.
     pub state_dir: PathBuf,
     /// OCI runtime binary when containerd's options name none (`runtime = "runc"`).
@@ -130,6 +131,7 @@ impl Config {
             policy: Layer::default(),
             cpus: CpuSet::default(),
             cpus_isolated: false,
+            uplinks: Vec::new(),
             state_dir: PathBuf::from(DEFAULT_STATE_DIR),
             runtime: "runc".to_owned(),
             disable: BTreeSet::new(),
@@ -164,6 +166,14 @@ impl Config {
                     let topology = Topology::read_from(sys)?;
                     config.cpus = pool(text, &topology, sys).map_err(|a| refuse(&a))?;
                     config.cpus_isolated = text == ISOLATED;
+                }
+                "uplinks" => {
+                    let allowed = "a list of interface names, e.g. [\"eth0\"]";
+                    for entry in value.as_array().ok_or_else(|| refuse(allowed))? {
+                        let name = entry.as_str().filter(|n| is_interface_name(n));
+                        let name = name.ok_or_else(|| refuse_part(entry, allowed))?;
+                        config.uplinks.push(name.to_owned());
+                    }
                 }
                 "state-dir" => {
                     let dir = text.map(Path::new).filter(|d| d.is_absolute());
@@ -210,6 +220,15 @@ impl Config {
         }
         Ok(config)
     }
+}
+
+/// What the kernel accepts as the name of an interface (net/core/dev.c, dev_valid_name).
+fn is_interface_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() < 16
+        && name != "."
+        && name != ".."
+        && !name.contains(|c: char| c == '/' || c == ':' || c.is_whitespace())
 }
 
 /// The CPUs that `text` names; on error what would be accepted. A CPU that is merely offline stays in the pool: it may
@@ -363,6 +382,11 @@ mod tests {
             ),
             ("disable = [1]", vec!["disable = \"1\"", "a list of"]),
             ("disable = \"sqpoll\"", vec!["disable", "a list of"]),
+            ("uplinks = \"eth0\"", vec!["uplinks", "[\"eth0\"]"]),
+            (
+                "uplinks = [\"a/b\"]",
+                vec!["uplinks = \"a/b\"", "interface names"],
+            ),
             ("cores = \"2\"", vec!["cores is not a kbp setting", "cpus"]),
             ("worker = ", vec!["line 1"]),
         ] {

@@ -22,6 +22,7 @@ pub mod polled;
 mod record;
 pub mod state;
 mod tune;
+pub mod uplink;
 pub mod window;
 pub mod worker;
 

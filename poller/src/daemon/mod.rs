@@ -102,6 +102,11 @@ pub fn serve(options: Options, signals: &SignalFd) -> Result<()> {
     capabilities::drop_others()?;
     raise_descriptor_limit();
     let engine = Engine::start()?;
+    let mut uplinks = Vec::new();
+    for interface in &options.config.uplinks {
+        // What keeps it from being polled is told in the log, and mended when the interface changes.
+        uplinks.push(engine.uplink(interface, &options.config)?);
+    }
     let mut service = Service::new(engine, options.config);
     service.take_up();
     sockets.announce()?;
@@ -118,6 +123,7 @@ pub fn serve(options: Options, signals: &SignalFd) -> Result<()> {
     notifier.stopping();
     // First the pods, then the connections: who learns of the end must not find our state files.
     service.end();
+    drop(uplinks);
     drop(sockets);
     outcome
 }

@@ -2,10 +2,11 @@
 //!
 //! Shared and idle-class workers take any number of pods: one worker a CPU. A dedicated one has a CPU and a pod of its own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use kbp_kernel::CpuId;
+use kbp_kernel::netns::Netns;
+use kbp_kernel::{CpuId, IfIndex, NapiId};
 
 use super::Pod;
 use crate::claim::Claim;
@@ -226,6 +227,58 @@ impl Workers {
             }
         }
         outcome
+    }
+
+    /// Has a worker poll exactly `wanted` of an uplink in `netns`. Goes on after an error and tells the first.
+    pub(crate) fn poll_uplink(
+        &mut self,
+        key: WorkerKey,
+        polled: &mut BTreeSet<NapiId>,
+        wanted: &BTreeSet<NapiId>,
+        netns: &Netns,
+        link: IfIndex,
+    ) -> Result<(), String> {
+        let Some(slot) = self.slots.get_mut(&key) else {
+            return Ok(());
+        };
+        let mut outcome = Ok(());
+        for old in polled.difference(wanted) {
+            outcome = outcome.and(slot.worker.remove(*old).map_err(|e| e.to_string()));
+        }
+        polled.retain(|napi| wanted.contains(napi));
+        for napi in wanted {
+            let target = Target {
+                napi: *napi,
+                netns,
+                link,
+                other: None,
+            };
+            match slot.worker.add(&target) {
+                Ok(()) => drop(polled.insert(*napi)),
+                Err(e) => outcome = outcome.and(Err(e.to_string())),
+            }
+        }
+        outcome
+    }
+
+    /// An uplink has traffic.
+    pub(crate) fn lease(&mut self, key: WorkerKey) {
+        if let Some(slot) = self.slots.get_mut(&key) {
+            slot.lease_asked = true;
+        }
+        self.renew();
+    }
+
+    /// Takes an uplink from its worker.
+    pub(crate) fn leave_uplink(&mut self, key: WorkerKey, polled: &mut BTreeSet<NapiId>) {
+        if let Some(slot) = self.slots.get_mut(&key) {
+            for napi in std::mem::take(polled) {
+                if let Err(error) = slot.worker.remove(napi) {
+                    tracing::warn!(%error, "a NAPI is still in the list of a worker");
+                }
+            }
+        }
+        self.leave(key, &Napis::new());
     }
 
     /// The pod has traffic.

@@ -7,4 +7,5 @@ mod events;
 mod find;
 mod node;
 mod tool;
+mod uplink;
 mod workers;

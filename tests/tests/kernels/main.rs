@@ -9,6 +9,7 @@ mod known;
 #[path = "../../../poller/tests/kernel/node.rs"]
 #[allow(dead_code, reason = "the poller's own tests use more of it")]
 mod node;
+mod uplink;
 
 use std::time::Duration;
 
