@@ -20,7 +20,6 @@ use kbp_tests::{Containerd, Generation, Network, Pod, Rootfs, Run, Runtime, Sand
 use serde::Serialize;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-use memory::Memory;
 use phases::Phases;
 use report::{Quantiles, Report, Scale};
 
@@ -228,9 +227,8 @@ impl Bench<'_> {
         let mut memory = Vec::new();
         for arm in Arm::ALL {
             let inits = sleeping.iter().filter(|(of, ..)| *of == arm);
-            let shims = inits.map(|(_, _, pid)| memory::of_shim(*pid));
-            let shims = shims.collect::<Result<Vec<Memory>>>()?;
-            memory.push((arm, shims));
+            let inits: Vec<u32> = inits.map(|(_, _, pid)| *pid).collect();
+            memory.push((arm, memory::of_shims(&inits)?));
         }
         let times = self.times()?;
         for (_, id, _) in &sleeping {

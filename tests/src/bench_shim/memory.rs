@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-/// How long a process is given to come to rest.
+/// How long processes are given to come to rest.
 const REST: Duration = Duration::from_secs(5);
-/// How long it has to stay the same.
+/// How long they have to stay the same.
 const STILL: Duration = Duration::from_millis(1500);
 
 /// Memory of one process, in KiB.
@@ -22,15 +22,24 @@ pub(crate) struct Memory {
     pub(crate) threads: u64,
 }
 
-/// Memory of the shim whose container's first process is `init`, once it is at rest.
-pub(crate) fn of_shim(init: u32) -> Result<Memory> {
-    let shim = number(&format!("/proc/{init}/status"), "PPid:")?;
+/// Memory of the shims whose containers' first processes are `inits`, once they are all at rest.
+pub(crate) fn of_shims(inits: &[u32]) -> Result<Vec<Memory>> {
+    let shims = inits
+        .iter()
+        .map(|init| number(&format!("/proc/{init}/status"), "PPid:"))
+        .collect::<Result<Vec<u64>>>()?;
+    let all = || {
+        shims
+            .iter()
+            .map(|shim| read(*shim))
+            .collect::<Result<Vec<_>>>()
+    };
     let limit = Instant::now() + REST;
-    let (mut last, mut since) = (read(shim)?, Instant::now());
+    let (mut last, mut since) = (all()?, Instant::now());
     while since.elapsed() < STILL && Instant::now() < limit {
         std::thread::sleep(Duration::from_millis(100));
-        let now = read(shim)?;
-        if (now.rss_kib, now.threads) != (last.rss_kib, last.threads) {
+        let now = all()?;
+        if now != last {
             since = Instant::now();
         }
         last = now;
