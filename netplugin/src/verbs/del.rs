@@ -1,6 +1,11 @@
 //! DEL: remove what ADD made, as far as it is there. It can be repeated, and it needs neither the namespace
 //! nor the result of ADD: every name derives from the attachment.
 
+use std::panic::resume_unwind;
+use std::thread;
+
+use kbp_kernel::netns::Netns;
+
 use crate::attachment::Attachment;
 use crate::cni::config::Config;
 use crate::cni::delegate::Ipam;
@@ -20,13 +25,22 @@ pub(crate) fn del(call: &Call, config: &Config) -> Result<()> {
         poller.unregister(&attachment);
     }
     // The address is given back last: who gets it next shall not find our route to it.
-    failed.extend(wire::delete_host_end(&mut host, &attachment).err());
     let owner = attachment.masquerade_owner();
-    failed.extend(
-        masquerade::remove(&host.netns, |other| other == owner)
-            .err()
-            .map(CniError::from),
-    );
+    let (deleted, unmasked) = thread::scope(|scope| {
+        // Both wait for grace periods of the kernel, about 10 ms each: for the same ones, when they wait at once.
+        let unmasking = scope.spawn(|| {
+            let netns = Netns::current()?;
+            masquerade::remove(&netns, |other| other == owner)
+        });
+        let deleted = wire::delete_host_end(&mut host, &attachment);
+        let unmasked = unmasking.join();
+        (
+            deleted,
+            unmasked.unwrap_or_else(|panic| resume_unwind(panic)),
+        )
+    });
+    failed.extend(deleted.err());
+    failed.extend(unmasked.err().map(CniError::from));
     if config.is_tune() {
         failed.extend(tune::restore(call, &mut host).err());
     }

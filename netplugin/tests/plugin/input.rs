@@ -163,9 +163,9 @@ fn a_wrong_config_is_refused() {
             ["mode: [\"routed\"]", "\"routed\", \"bridge\", \"tune\""],
         ),
         (
-            json!({ "mode": "bridge", "vlan": 5 }),
+            json!({ "mode": "bridge", "vlan": 5, "isGateway": true }),
             2,
-            ["vlan: 5", "allowed: 0"],
+            ["vlan: 5", "isGateway"],
         ),
         (
             json!({ "mode": "bridge", "bridge": "a/b" }),
