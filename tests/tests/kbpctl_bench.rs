@@ -81,8 +81,8 @@ impl<'s> Node<'s> {
         Running::start(command).expect("start")
     }
 
-    /// Waits until a bench has a container.
-    fn wait_for_container(&self) {
+    /// Waits until a bench has a container; the bench's name.
+    fn wait_for_container(&self) -> String {
         wait_until("a container of the bench", LIMIT, || {
             let list = self
                 .containerd
@@ -94,28 +94,22 @@ impl<'s> Node<'s> {
                     .ctr(["--namespace", name, "tasks", "ls", "--quiet"])
                     .map_err(|e| e.to_string())?;
                 if !tasks.stdout.trim().is_empty() {
-                    return Ok(());
+                    return Ok(name.to_owned());
                 }
             }
             Err(list.stdout)
         })
-        .expect("container");
+        .expect("container")
     }
 }
 
-/// The cgroups of every bench on this machine.
-fn cgroups() -> Vec<PathBuf> {
-    let list = |dir: &Path| {
-        let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-        entries.map(|e| e.path()).collect::<Vec<PathBuf>>()
-    };
+/// The cgroups of a bench, in whatever hierarchy.
+fn cgroups(name: &str) -> Vec<PathBuf> {
     let root = Path::new("/sys/fs/cgroup");
-    let mut found = list(root);
-    found.extend(list(root).iter().flat_map(|d| list(d)));
-    found.retain(|p| {
-        p.file_name()
-            .is_some_and(|n| n.to_string_lossy().starts_with("kbp-bench-"))
-    });
+    let entries = std::fs::read_dir(root).into_iter().flatten().flatten();
+    let mut found: Vec<PathBuf> = entries.map(|e| e.path().join(name)).collect();
+    found.push(root.join(name));
+    found.retain(|path| path.exists());
     found
 }
 
@@ -268,8 +262,12 @@ fn nothing_is_left_however_a_bench_ends() {
         (Signal::SIGTERM, Some(130)),
         (Signal::SIGKILL, None),
     ] {
-        let mut bench = node.start(&["rtt", "--seconds", "60", "--arms", "kbp,spinner"]);
-        node.wait_for_container();
+        let mut bench = node.start(&["rtt", "--seconds", "60", "--arms", "spinner,kbp"]);
+        let name = node.wait_for_container();
+        assert!(
+            !cgroups(&name).is_empty(),
+            "{name} has cgroups while it runs"
+        );
         // nsenter has become kbpctl.
         kill(
             Pid::from_raw(i32::try_from(bench.pid()).expect("pid")),
@@ -289,6 +287,7 @@ fn nothing_is_left_however_a_bench_ends() {
             assert!(!sandbox.inside("/run/kbp-bench").exists());
         }
         node.is_clean();
+        assert_eq!(cgroups(&name), Vec::<PathBuf>::new());
         assert!(!running(bench.pid()));
     }
 }
@@ -351,10 +350,4 @@ fn what_is_missing_is_told_before_anything_is_made() {
         assert!(output.stderr.contains(words), "{arguments:?}: {output}");
     }
     node.is_clean();
-    let left = cgroups();
-    let own: Vec<&PathBuf> = left
-        .iter()
-        .filter(|c| !c.join("cgroup.procs").exists())
-        .collect();
-    assert!(own.is_empty(), "{own:?}");
 }
