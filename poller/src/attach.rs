@@ -127,9 +127,9 @@ impl Engine {
         // Placement looks at what the others hold and then writes what this one takes: one after the other, or two pods
         // that start together would both choose the same CPU.
         let lock = state::lock(state_dir);
-        let pods = state::read_all(state_dir)?;
-        refuse_second_owner(&request, &terms, &pods)?;
         let mut kept = self.lock();
+        let pods = state::read_all_beside(state_dir, kept.states(state_dir))?;
+        refuse_second_owner(&request, &terms, &pods)?;
         parts.choose_worker(&mut kept, &request, &tuner, &pods);
         let written = parts
             .refuse_degraded(&request)

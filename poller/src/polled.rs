@@ -232,7 +232,10 @@ impl Shared {
         let mut retry_at: Option<Instant> = None;
         loop {
             if try_daemon || retry_at.is_some_and(|at| Instant::now() >= at) {
-                let worked = self.lock().settle(try_daemon);
+                let mut inner = self.lock();
+                let ready = inner.request.config.state_dir.join(api::READY);
+                let worked = inner.settle(try_daemon || ready.exists());
+                drop(inner);
                 retry_at = (!worked).then(|| Instant::now() + RETRY);
                 try_daemon = false;
             }
@@ -314,7 +317,12 @@ impl Inner {
         let mut again = false;
         if try_daemon {
             match Client::connect(&socket_of(&self.request), HAND_OVER_LIMIT) {
-                Ok(client) => match self.hand_over(client, previous) {
+                // Nothing is let go for a daemon that does not answer: an end of what is not there is a question that costs
+                // nothing.
+                Ok(mut client) => match client
+                    .detach(&self.request.namespace, &self.request.id, false)
+                    .and_then(|_| self.hand_over(client, previous))
+                {
                     Ok(()) if matches!(self.who, Who::Daemon { .. }) => return true,
                     Ok(()) => {}
                     Err(error) => {

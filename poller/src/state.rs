@@ -1,5 +1,6 @@
 //! `<state_dir>/pods/<id>@<namespace>.json`: what is true now. Written by the owner of the worker (rename, mode 0600), gone with the pod.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
@@ -173,12 +174,24 @@ pub struct Stale {
 
 /// Every pod's state below `state_dir`, by id. A file whose owner is gone is left out (and reported by [`stale`]).
 pub fn read_all(state_dir: &Path) -> Result<Vec<PodState>> {
-    Ok(scan(state_dir)?.0)
+    Ok(scan(state_dir, &|_| false)?.0)
+}
+
+/// [`read_all`], where `known` are the states of this process' own pods: their files are not read again, which for
+/// hundreds of pods is most of the work.
+pub(crate) fn read_all_beside(state_dir: &Path, known: Vec<PodState>) -> Result<Vec<PodState>> {
+    let names: BTreeSet<String> = known
+        .iter()
+        .map(|pod| file_name(&pod.namespace, &pod.id))
+        .collect();
+    let mut pods = scan(state_dir, &|name| names.contains(name))?.0;
+    pods.extend(known);
+    Ok(pods)
 }
 
 /// State files whose owner is gone, or that cannot be read as what they should be.
 pub fn stale(state_dir: &Path) -> Result<Vec<Stale>> {
-    Ok(scan(state_dir)?.1)
+    Ok(scan(state_dir, &|_| false)?.1)
 }
 
 /// CPUs that other pods than this one hold: in a cpuset that is a real part of `online`, or by a dedicated worker.
@@ -345,7 +358,11 @@ fn file_of(state_dir: &Path, namespace: &str, id: &str) -> Result<PathBuf> {
             });
         }
     }
-    Ok(pods_dir(state_dir).join(format!("{id}@{namespace}.json")))
+    Ok(pods_dir(state_dir).join(file_name(namespace, id)))
+}
+
+fn file_name(namespace: &str, id: &str) -> String {
+    format!("{id}@{namespace}.json")
 }
 
 fn write_file(path: &Path, state: &PodState) -> io::Result<()> {
@@ -360,7 +377,7 @@ fn write_file(path: &Path, state: &PodState) -> io::Result<()> {
     file.write_all(&text)
 }
 
-fn scan(state_dir: &Path) -> Result<(Vec<PodState>, Vec<Stale>)> {
+fn scan(state_dir: &Path, is_known: &dyn Fn(&str) -> bool) -> Result<(Vec<PodState>, Vec<Stale>)> {
     let (mut live, mut stale) = (Vec::new(), Vec::new());
     let dir = pods_dir(state_dir);
     let entries = match fs::read_dir(&dir) {
@@ -375,7 +392,7 @@ fn scan(state_dir: &Path) -> Result<(Vec<PodState>, Vec<Stale>)> {
     }
     paths.sort();
     for path in paths {
-        let Some(file) = name_of(&path) else {
+        let Some(file) = name_of(&path).filter(|name| !is_known(name)) else {
             continue;
         };
         let text = match fs::read(&path) {

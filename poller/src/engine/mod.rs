@@ -12,6 +12,7 @@ mod snapshot;
 mod workers;
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -24,6 +25,7 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::state::PodState;
 use crate::{Error, Result};
 pub(crate) use latency::Latency;
 pub(crate) use pod::{Pod, PodKey};
@@ -364,6 +366,15 @@ impl Kept {
             .values()
             .any(|pod| pod.has_path() || pod.is_movable());
         self.survey_at = wanted.then_some(now + SURVEY);
+    }
+
+    /// What is true of the pods whose state files are in this directory.
+    pub(crate) fn states(&self, state_dir: &Path) -> Vec<PodState> {
+        self.pods
+            .values()
+            .filter(|pod| pod.placing.config.state_dir == state_dir)
+            .map(|pod| pod.record.state())
+            .collect()
     }
 
     /// Reads every pod's counters.

@@ -422,6 +422,14 @@ fn a_daemon_that_refuses_or_hangs_leaves_the_pod_where_it_is() {
     let polled = self::polled(&node, "b", WorkerPolicy::Shared, &pool());
     assert!(began.elapsed() < Duration::from_secs(10));
     assert!(!polled.is_at_daemon());
+    let _traffic = node.traffic();
+    node.wait_polled(100);
+    // It goes on, and is asked again.
+    daemon.signal(18);
+    wait_until("the pod to be handed over", || {
+        polled.is_at_daemon().then_some(())
+    });
+    assert_eq!(owner(&node), Some(daemon.pid()));
 }
 
 #[test]
