@@ -135,8 +135,7 @@ fn del_works_with_a_config_that_was_changed_since_add() {
         ("bridge", "tune"),
     ] {
         let world = World::new();
-        world.set_sysctl("net/ipv4/ip_forward", "1");
-        world.set_sysctl("net/ipv6/conf/all/forwarding", "1");
+        world.forward();
         let before = world.dump();
         let pod = Pod::new("pod-a");
         world.add(

@@ -319,28 +319,10 @@ fn forwarding_that_cannot_be_switched_on_undoes_everything() {
 fn a_result_that_cannot_be_written_undoes_everything() {
     let world = World::new();
     let pod = Pod::new("pod-a");
-    // The one thing that stays, as others may have come to need it.
-    world.set_sysctl("net/ipv4/ip_forward", "1");
-    world.set_sysctl("net/ipv6/conf/all/forwarding", "1");
+    world.forward();
     let before = (world.dump(), pod.dump());
-    let config = world.path("config.json");
-    std::fs::write(&config, world.config("1.0.0", json!({})).to_string()).expect("write");
-    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_kbp"));
-    command
-        .envs(environment("ADD", "pod-a", &pod.path(), &world.cni_path()))
-        .stdin(std::fs::File::open(&config).expect("open the config"))
-        // Every write to it fails (ENOSPC).
-        .stdout(std::fs::File::create("/dev/full").expect("open /dev/full"));
-    let output = world
-        .host
-        .run(|| command.output())
-        .expect("enter")
-        .expect("run");
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(
-        !output.status.success() && stderr.contains("write the result to stdout"),
-        "{output:?}"
-    );
+    let stderr = world.unread_add(&pod, &world.config("1.0.0", json!({})));
+    assert!(stderr.contains("write the result to stdout"), "{stderr}");
     assert_eq!((world.dump(), pod.dump()), before, "{stderr}");
 }
 

@@ -9,11 +9,10 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::process::{Command, Output, Stdio};
 
 use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
 use serde_json::{Value, json};
 
 use crate::random::Random;
-use crate::world::{Pod, VERSIONS, World};
+use crate::world::{Pod, VERSIONS, World, empty_directory};
 
 const REHEARSALS: usize = 20_000;
 const CALLS: usize = 400;
@@ -302,18 +301,8 @@ fn has_foreign_ips(input: &[u8]) -> bool {
 /// From now on this thread, and what it starts, writes to a file system that vanishes with it: an input can name any
 /// directory for its leases.
 fn write_nowhere() {
-    unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace (needs root)");
+    empty_directory(SCRATCH);
     let none: Option<&str> = None;
-    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-    mount(none, "/", none, private, none).expect("keep mounts to itself");
-    mount(
-        Some("tmpfs"),
-        SCRATCH,
-        Some("tmpfs"),
-        MsFlags::empty(),
-        none,
-    )
-    .expect("mount a tmpfs");
     let read_only = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
     mount(none, "/", none, read_only, none).expect("make / read-only");
 }

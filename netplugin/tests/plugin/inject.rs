@@ -78,8 +78,7 @@ pub(crate) fn every_step_with(
     more: impl Fn() -> String,
 ) -> usize {
     // What an ADD that succeeds switches on stays on: others may need it.
-    world.set_sysctl("net/ipv4/ip_forward", "1");
-    world.set_sysctl("net/ipv6/conf/all/forwarding", "1");
+    world.forward();
     let state = || (world.dump(), pod.dump(), more());
     let before = state();
     let mut failed = 0;

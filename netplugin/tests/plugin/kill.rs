@@ -43,8 +43,7 @@ fn killed(rounds: usize, more: &Value) {
     let mut random = Random::new();
 
     let world = World::new();
-    world.set_sysctl("net/ipv4/ip_forward", "1");
-    world.set_sysctl("net/ipv6/conf/all/forwarding", "1");
+    world.forward();
     // As many addresses as pods: one that is lost is missed.
     let last = PODS + 1;
     let ranges = json!([

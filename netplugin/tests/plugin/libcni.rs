@@ -10,12 +10,10 @@ use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 
 use kbp_kernel::ethtool;
-use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
 use serde_json::{Value, json};
 
 use crate::traffic::{ip, udp_echo};
-use crate::world::{HOST_V4, OUTSIDE_V4, Pod, REFERENCE_PLUGINS, World};
+use crate::world::{HOST_V4, OUTSIDE_V4, Pod, REFERENCE_PLUGINS, World, empty_directory};
 
 const MODULE: &str = "github.com/containernetworking/cni/cnitool";
 /// The first version with drop-in files, GC and STATUS.
@@ -62,12 +60,7 @@ impl Node {
     /// The thread gets a /var/lib of its own, for libcni caches its results below it.
     fn new() -> Option<Self> {
         let cnitool = cnitool()?;
-        unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace (needs root)");
-        let none: Option<&str> = None;
-        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-        mount(none, "/", none, private, none).expect("keep mounts to itself");
-        let empty = MsFlags::empty();
-        mount(Some("tmpfs"), "/var/lib", Some("tmpfs"), empty, none).expect("mount a tmpfs");
+        empty_directory("/var/lib");
         let world = World::new();
         symlink(env!("CARGO_BIN_EXE_kbp"), world.path("kbp")).expect("link the plugin");
         fs::create_dir(world.path("net.d")).expect("directory");
@@ -113,8 +106,7 @@ impl Node {
 
     /// The whole life of two pods with this config, which becomes `changed` before they go.
     fn life(&self, config: Value, changed: Value) {
-        self.world.set_sysctl("net/ipv4/ip_forward", "1");
-        self.world.set_sysctl("net/ipv6/conf/all/forwarding", "1");
+        self.world.forward();
         let (a, b) = (Pod::new("a"), Pod::new("b"));
         self.list(json!([config]));
         // The bridge, where there is one, stays.

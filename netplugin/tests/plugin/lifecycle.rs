@@ -17,8 +17,7 @@ pub(crate) fn with_result(config: &Value, result: &Value) -> Value {
 fn a_vanished_namespace_leaves_nothing_after_del() {
     let world = World::new();
     let config = world.config("1.0.0", json!({}));
-    world.set_sysctl("net/ipv4/ip_forward", "1");
-    world.set_sysctl("net/ipv6/conf/all/forwarding", "1");
+    world.forward();
     let before = world.dump();
     let pod = Pod::new("pod-a");
     let path = pod.path();

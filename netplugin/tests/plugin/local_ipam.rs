@@ -44,8 +44,7 @@ fn failing(world: &World, pod: &Pod, config: &Value) -> Answer {
 #[test]
 fn it_leases_in_both_families_without_any_other_program() {
     let world = World::new();
-    world.set_sysctl("net/ipv4/ip_forward", "1");
-    world.set_sysctl("net/ipv6/conf/all/forwarding", "1");
+    world.forward();
     let before = world.dump();
     let resolv = world.path("resolv.conf");
     std::fs::write(&resolv, "nameserver 10.77.0.1\nsearch a.b\n").expect("write");
@@ -182,8 +181,7 @@ fn it_and_host_local_respect_and_release_each_others_leases() {
 fn thirty_at_once_get_addresses_of_their_own() {
     const PODS: usize = 30;
     let world = World::new();
-    world.set_sysctl("net/ipv4/ip_forward", "1");
-    world.set_sysctl("net/ipv6/conf/all/forwarding", "1");
+    world.forward();
     let before = world.dump();
     let config = local(&world, json!({}));
     let pods: Vec<_> = (0..PODS).map(|n| Pod::new(&format!("pod-{n}"))).collect();
@@ -210,8 +208,7 @@ fn thirty_at_once_get_addresses_of_their_own() {
 #[test]
 fn gc_collects_leases_whose_attachment_is_not_valid() {
     let world = World::new();
-    world.set_sysctl("net/ipv4/ip_forward", "1");
-    world.set_sysctl("net/ipv6/conf/all/forwarding", "1");
+    world.forward();
     let config = local(&world, json!({}));
     let (stays, goes) = (Pod::new("stays"), Pod::new("goes"));
     quiet(&world, "GC", &keeping(&config, &[]));

@@ -23,8 +23,7 @@ fn at_once(more: Value) {
     const PODS: usize = 24;
     let is_bridge = more["mode"] == "bridge";
     let world = World::new();
-    world.set_sysctl("net/ipv4/ip_forward", "1");
-    world.set_sysctl("net/ipv6/conf/all/forwarding", "1");
+    world.forward();
     let before = world.dump();
     let config = world.config("1.0.0", more);
     let pods: Vec<_> = (0..PODS).map(|n| Pod::new(&format!("pod-{n}"))).collect();

@@ -225,8 +225,7 @@ fn a_daemon_that_is_absent_or_refuses_or_is_silent_costs_little_and_fails_only_w
     // One ADD asks once, and once more to take back what it got no answer to; the rest is a busy machine's.
     const BOUND: Duration = Duration::from_secs(5);
     let world = World::new();
-    world.set_sysctl("net/ipv4/ip_forward", "1");
-    world.set_sysctl("net/ipv6/conf/all/forwarding", "1");
+    world.forward();
     let pod = Pod::new("pod-a");
     let before = (world.dump(), pod.dump());
     let absent = (world.path("absent.sock"), "no kbp-poller serves");
@@ -285,16 +284,7 @@ fn a_result_that_cannot_be_written_takes_its_registration_back() {
     let daemon = Daemon::start(&world, Manner::Well);
     let pod = Pod::new("pod-a");
     let config = config(&world, &daemon.socket, json!({}));
-    let file = world.path("config.json");
-    std::fs::write(&file, config.to_string()).expect("write");
-    let environment = crate::world::environment("ADD", &pod.id, &pod.path(), &world.cni_path());
-    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_kbp"));
-    command
-        .envs(environment)
-        .stdin(std::fs::File::open(&file).expect("open the config"))
-        .stdout(std::fs::File::create("/dev/full").expect("open /dev/full"));
-    let output = world.host.run(|| command.output()).expect("enter");
-    assert!(!output.expect("run").status.success());
+    world.unread_add(&pod, &config);
     assert!(daemon.registered().is_empty());
 }
 

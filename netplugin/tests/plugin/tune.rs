@@ -201,8 +201,7 @@ fn del_without_the_namespace_or_after_a_changed_config_leaves_nothing() {
     assert!(answer.ok && answer.stdout.is_empty(), "{answer:?}");
     // The config was mode routed when ADD ran.
     let world = World::new();
-    world.set_sysctl("net/ipv4/ip_forward", "1");
-    world.set_sysctl("net/ipv6/conf/all/forwarding", "1");
+    world.forward();
     let before = world.dump();
     let routed = world.config("1.0.0", json!({}));
     let pod = Pod::new("pod-b");

@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 use kbp_kernel::link::{Batch, Route, RouteSocket, VethPair};
 use kbp_kernel::netns::Netns;
 use kbp_kernel::{MacAddr, Mtu};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -129,6 +131,28 @@ impl World {
         assert!(answer.ok, "ADD failed: {answer:?}");
         serde_json::from_str(&answer.stdout)
             .unwrap_or_else(|error| panic!("ADD: {error} in {answer:?}"))
+    }
+
+    /// ADD whose result cannot be written, which has to fail; what it said on stderr.
+    pub(crate) fn unread_add(&self, pod: &Pod, config: &Value) -> String {
+        let file = self.path("config.json");
+        fs::write(&file, config.to_string()).expect("write the config");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kbp"));
+        command
+            .envs(environment("ADD", &pod.id, &pod.path(), &self.cni_path()))
+            .stdin(fs::File::open(&file).expect("open the config"))
+            // Every write to it fails (ENOSPC).
+            .stdout(fs::File::create("/dev/full").expect("open /dev/full"));
+        let output = self.host.run(|| command.output()).expect("enter");
+        let output = output.expect("run the plugin");
+        assert!(!output.status.success(), "{output:?}");
+        String::from_utf8(output.stderr).expect("text")
+    }
+
+    /// Switches forwarding on: the one thing of a failed ADD or of DEL that stays, for others may have come to need it.
+    pub(crate) fn forward(&self) {
+        self.set_sysctl("net/ipv4/ip_forward", "1");
+        self.set_sysctl("net/ipv6/conf/all/forwarding", "1");
     }
 
     /// A call that has to succeed and to say nothing.
@@ -255,6 +279,15 @@ impl Answer {
             assert!(msg.contains(part), "{part:?} is not in {msg:?} ({details})");
         }
     }
+}
+
+/// Gives this thread, and what it starts from now on, an empty file system in `dir` that vanishes with it.
+pub(crate) fn empty_directory(dir: &str) {
+    unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace (needs root)");
+    let none: Option<&str> = None;
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(none, "/", none, private, none).expect("keep mounts to itself");
+    mount(Some("tmpfs"), dir, Some("tmpfs"), MsFlags::empty(), none).expect("mount a tmpfs");
 }
 
 /// The n-th address of a result of any version, without its prefix length.
