@@ -107,8 +107,13 @@ impl<'s> Node<'s> {
 fn cgroups(name: &str) -> Vec<PathBuf> {
     let root = Path::new("/sys/fs/cgroup");
     let entries = std::fs::read_dir(root).into_iter().flatten().flatten();
-    let mut found: Vec<PathBuf> = entries.map(|e| e.path().join(name)).collect();
-    found.push(root.join(name));
+    let mut found: Vec<PathBuf> = entries.map(|e| e.path()).collect();
+    found.push(root.to_owned());
+    let names = [name.to_owned(), format!("{name}-idle")];
+    let mut found: Vec<PathBuf> = found
+        .iter()
+        .flat_map(|dir| names.iter().map(|n| dir.join(n)))
+        .collect();
     found.retain(|path| path.exists());
     found
 }

@@ -150,6 +150,7 @@ pub(crate) fn run(program: PathBuf, address: PathBuf) -> Result<()> {
         );
     }
     remove_cgroups(&kept.name);
+    remove_cgroups(&idle_group(&kept.name));
     keep(
         std::fs::remove_dir_all(&kept.dir)
             .with_context(|| format!("remove {}", kept.dir.display())),
@@ -233,6 +234,11 @@ fn random() -> Result<u32> {
         .and_then(|mut f| f.read_exact(&mut bytes))
         .context("read /dev/urandom")?;
     Ok(u32::from_ne_bytes(bytes))
+}
+
+/// Name of the cgroup of the arm `spinner`.
+pub(super) fn idle_group(name: &str) -> String {
+    format!("{name}-idle")
 }
 
 /// The empty directories that runc leaves above the containers' own.

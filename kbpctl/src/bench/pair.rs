@@ -587,7 +587,7 @@ fn client_command(
     command
 }
 
-/// A cgroup beside those of the containers that is idle as a whole: a thread of the class SCHED_IDLE gives way within its own group
+/// A cgroup at the top, beside the one of the containers and everything else, that is idle as a whole: a thread of the class SCHED_IDLE gives way within its own group
 /// only, and against other groups it counts as much as any thread (kernel/sched/fair.c, find_matching_se).
 fn idle_group(name: &str) -> Result<PathBuf> {
     const ROOT: &str = "/sys/fs/cgroup";
@@ -595,13 +595,11 @@ fn idle_group(name: &str) -> Result<PathBuf> {
     let root = v1.into_iter().find(|d| d.join("cgroup.procs").exists());
     let unified = root.is_none();
     let root = root.unwrap_or_else(|| PathBuf::from(ROOT));
-    let group = root.join(name).join("idle");
+    let group = root.join(super::keeper::idle_group(name));
     std::fs::create_dir_all(&group).with_context(|| format!("make cgroup {}", group.display()))?;
     if unified {
-        for parent in [&root, &root.join(name)] {
-            // It may be on already, and then may not be written by everybody.
-            let _ = std::fs::write(parent.join("cgroup.subtree_control"), "+cpu");
-        }
+        // It may be on already, and then may not be written by everybody.
+        let _ = std::fs::write(root.join("cgroup.subtree_control"), "+cpu");
     }
     let file = group.join("cpu.idle");
     std::fs::write(&file, "1").with_context(|| {
