@@ -5,11 +5,11 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use kbp_kernel::CpuSet;
 use kbp_kernel::cpu::Topology;
+use kbp_kernel::{CpuSet, Micros};
 use serde::{Deserialize, Serialize};
 
-use crate::policy::{Layer, choose, toml_reason};
+use crate::policy::{Layer, MAX_WINDOW, choose, toml_reason};
 use crate::{Error, Result, kubelet};
 
 /// Where the config is when `KBP_CONFIG` names no other place.
@@ -25,7 +25,7 @@ const DEFAULT_HOT: u64 = 100_000;
 /// Value of `cpus` for the CPUs that the kernel isolates.
 const ISOLATED: &str = "isolated";
 
-const KEYS: &str = "worker, busy-poll, profile, required, cpus, uplinks, state-dir, runtime, disable, hot, kubelet-state";
+const KEYS: &str = "worker, busy-poll, profile, required, cpus, uplinks, state-dir, runtime, disable, hot, kubelet-state, node-busy-poll";
 
 /// A kernel feature that the operator can switch off, for a kernel on which it misbehaves.
 /// kbp then acts as if the kernel had refused it.
@@ -88,6 +88,9 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// OCI runtime binary when containerd's options name none (`runtime = "runc"`).
     pub runtime: String,
+    /// `net.core.busy_poll` while a pod of the node has a window, for programs in `poll` and `select` (`node-busy-poll = 50`);
+    /// None: it is left alone.
+    pub node_busy_poll: Option<Micros>,
     /// `disable = ["sqpoll"]`: features that are not to be used.
     pub disable: BTreeSet<Feature>,
     /// Packets a second from which on the core of a shared worker is hot, and pods are moved to others (`hot`).
@@ -136,6 +139,7 @@ impl Config {
             runtime: "runc".to_owned(),
             disable: BTreeSet::new(),
             hot: DEFAULT_HOT,
+            node_busy_poll: None,
             kubelet_state: PathBuf::from(kubelet::DEFAULT_PATH),
         }
     }
@@ -183,6 +187,13 @@ impl Config {
                     config.runtime = text
                         .ok_or_else(|| refuse("name or path of an OCI runtime, e.g. \"runc\""))?
                         .to_owned();
+                }
+                "node-busy-poll" => {
+                    let micros = value.as_integer().and_then(|n| u32::try_from(n).ok());
+                    let micros = micros.filter(|n| *n <= MAX_WINDOW.0).ok_or_else(|| {
+                        refuse(&format!("whole microseconds from 0 (off) to {MAX_WINDOW}"))
+                    })?;
+                    config.node_busy_poll = (micros > 0).then_some(Micros(micros));
                 }
                 "hot" => {
                     config.hot = value
@@ -258,8 +269,6 @@ fn pool(text: &str, topology: &Topology, sys: &Path) -> Result<CpuSet, String> {
 
 #[cfg(test)]
 mod tests {
-    use kbp_kernel::Micros;
-
     use super::*;
     use crate::policy::{BusyPoll, Policy, Profile, WorkerPolicy};
 
@@ -354,6 +363,13 @@ mod tests {
     }
 
     #[test]
+    fn the_node_wide_window_is_off_unless_asked_for() {
+        let of = |text: &str| parse(text).expect("valid").node_busy_poll;
+        assert_eq!((of(""), of("node-busy-poll = 0")), (None, None));
+        assert_eq!(of("node-busy-poll = 50"), Some(Micros(50)));
+    }
+
+    #[test]
     fn isolated_cpus_make_a_pool() {
         let isolated = parse("cpus = \"isolated\"").expect("valid");
         assert_eq!(isolated.cpus.to_string(), "2-3");
@@ -380,6 +396,9 @@ mod tests {
                 "disable = [\"napi\", \"io_uring\"]",
                 vec!["disable = \"io_uring\"", "\"sqpoll\""],
             ),
+            ("node-busy-poll = \"50\"", vec!["node-busy-poll", "0 (off)"]),
+            ("node-busy-poll = -1", vec!["node-busy-poll", "10000"]),
+            ("node-busy-poll = 10001", vec!["node-busy-poll", "10000"]),
             ("disable = [1]", vec!["disable = \"1\"", "a list of"]),
             ("disable = \"sqpoll\"", vec!["disable", "a list of"]),
             ("uplinks = \"eth0\"", vec!["uplinks", "[\"eth0\"]"]),

@@ -15,6 +15,11 @@ pub fn echo() -> Result<PathBuf> {
     c_program("echo")
 }
 
+/// Every way to a socket and an epoll instance, and storms of them, in C, static.
+pub fn ways() -> Result<PathBuf> {
+    c_program("ways")
+}
+
 /// The launcher that takes features of the kernel away.
 pub fn without() -> Result<PathBuf> {
     c_program("without")

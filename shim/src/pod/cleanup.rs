@@ -8,8 +8,8 @@ use kbp_poller::{attach, state};
 use crate::sockets;
 use crate::spec;
 
-/// Removes what a pod of this id may have left behind when its shim was killed: state file, notifier socket, claim file, a half-written
-/// `config.json`. Worker and listeners went with the process. Idempotent and never fails; what cannot be removed is
+/// Removes what a pod of this id may have left behind when its shim was killed: state file, notifier socket, node-wide setting, claim file, a
+/// half-written `config.json`. Worker and listeners went with the process. Idempotent and never fails; what cannot be removed is
 /// logged.
 pub fn cleanup(namespace: &str, id: &str, bundle: &Path) {
     let config = Config::load();
@@ -21,6 +21,10 @@ pub fn cleanup(namespace: &str, id: &str, bundle: &Path) {
 
 pub(super) fn cleanup_in(state_dir: &Path, namespace: &str, id: &str, bundle: &Path) {
     if let Err(error) = sockets::remove(state_dir, namespace, id) {
+        tracing::warn!("{error}");
+    }
+    let sysctl = Path::new(sockets::node_wide::SYSCTL);
+    if let Err(error) = sockets::node_wide::restore(state_dir, sysctl) {
         tracing::warn!("{error}");
     }
     if let Err(error) = state::remove(state_dir, namespace, id) {

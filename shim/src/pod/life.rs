@@ -227,7 +227,13 @@ impl Pod {
                 .start_notifier(&config.state_dir)
                 .map(|notifier| inner.notifier.insert(notifier)),
         };
-        let notifier = notifier.map(|n| &*n);
+        let mut node_wide = Ok(());
+        let notifier = notifier.map(|notifier| {
+            if let Some(window) = config.node_busy_poll {
+                node_wide = notifier.set_node_wide(&config.state_dir, window);
+            }
+            &*notifier
+        });
         let means = Means {
             support,
             runtime,
@@ -235,6 +241,12 @@ impl Pod {
         };
         let treated = treat::install(spec, &container.window, &means);
         container.degraded = treated.degraded;
+        if let Err(error) = node_wide {
+            container.degraded.push(Degraded {
+                part: Part::SocketBusyPoll,
+                reason: format!("node-busy-poll, for programs in poll and select: {error}"),
+            });
+        }
         let (treatment, notifier) = (treated.treatment?, notifier.ok()?);
         // The runtime may connect as soon as it can read the file.
         notifier.admit(&request.id, treatment);

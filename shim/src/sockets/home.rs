@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use super::Error;
 
 /// Directories of notifiers below the state directory.
-const PARENT: &str = "notify";
+pub(super) const PARENT: &str = "notify";
 
 /// How long to wait for others who make or sweep directories. They hold the lock for a few system calls.
 const LOCK_WAIT: Duration = Duration::from_secs(2);

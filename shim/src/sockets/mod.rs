@@ -11,6 +11,7 @@
 mod answer;
 mod handshake;
 mod home;
+pub mod node_wide;
 #[cfg(test)]
 mod tests;
 mod thread;
@@ -32,6 +33,7 @@ use kbp_poller::state::{Degraded, SocketCounters};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use home::Home;
+use node_wide::NodeWide;
 
 /// Longest path of a unix socket: sun_path with its final zero byte (unix(7)).
 const MAX_SOCKET_PATH: usize = 107;
@@ -97,6 +99,7 @@ pub enum Event {
 pub struct Notifier {
     /// Goes last: what is in it belongs to the thread.
     _home: Home,
+    node_wide: Option<NodeWide>,
     socket: String,
     shared: Arc<Shared>,
     stop: Arc<EventFd>,
@@ -163,6 +166,7 @@ impl Notifier {
             .map_err(|e| Error::Thread(e.into()))?;
         let mut notifier = Self {
             _home: home,
+            node_wide: None,
             socket,
             shared: Arc::new(Shared {
                 metadata: format!("kbp {namespace}/{pod_id}"),
@@ -182,6 +186,15 @@ impl Notifier {
             .map_err(Error::Thread)?;
         notifier.thread = Some(thread);
         Ok(notifier)
+    }
+
+    /// Has the node-wide setting for programs in `poll` and `select` set for as long as the notifier lives.
+    pub fn set_node_wide(&mut self, state_dir: &Path, window: Micros) -> Result<(), Error> {
+        if self.node_wide.is_none() {
+            let sysctl = Path::new(node_wide::SYSCTL);
+            self.node_wide = Some(NodeWide::set(state_dir, window, sysctl)?);
+        }
+        Ok(())
     }
 
     /// Path of the socket, for `listenerPath`.

@@ -226,15 +226,17 @@ fn measure(
         &on(place.client)(Guest::idle("client")),
         |_| Ok(()),
     )?;
+    // What is measured must not be a start from cold.
+    one(workload, &client, server.as_ref(), 1, WARM)?;
     let mut samples = Vec::new();
     for clients in workload.clients() {
-        // What is measured must not be a start from cold.
-        one(workload, &client, server.as_ref(), *clients, WARM)?;
         let length = Duration::from_secs(options.seconds);
-        samples.push((
-            *clients,
-            one(workload, &client, server.as_ref(), *clients, length)?,
-        ));
+        let measured = one(workload, &client, server.as_ref(), *clients, length).or_else(|error| {
+            // Fifty backends may take longer to start than they are measured for, on a busy machine.
+            eprintln!("{}: once more: {error:#}", workload.name());
+            one(workload, &client, server.as_ref(), *clients, 2 * length)
+        });
+        samples.push((*clients, measured?));
     }
     client.remove()?;
     if let Some(server) = server {
