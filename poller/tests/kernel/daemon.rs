@@ -1034,6 +1034,8 @@ fn a_hundred_pods_share_one_worker_and_little_memory() {
     std::thread::sleep(Duration::from_secs(2));
     let share = (threads() - used).as_secs_f64() / since.elapsed().as_secs_f64();
     println!("{:.2} % of a core for {PODS} silent pods", share * 100.0);
+    // The goal is 1 % for 50 pods with the binary that is installed; this one may be built without optimisation, beside others.
+    assert!(share < 0.05, "{share}");
     assert!(each <= 64, "{each} KiB a pod");
     assert!(daemon.metrics().contains("kbp_worker_pods{kind=\"sqpoll\""));
 
