@@ -158,3 +158,39 @@ fn a_reference_plugin_later_in_the_chain_understands_the_result() {
         }
     }
 }
+
+/// The first column of every table of keys: a key that is not read would be documented for nothing.
+#[test]
+fn every_documented_key_is_read() {
+    let text = fs::read_to_string(config_dir("cni/README.md")).expect("read");
+    let tables = text.split("## Built-in IPAM").next().expect("a part");
+    let tables = tables.split("## Keys").nth(1).expect("the tables of keys");
+    let keys: Vec<_> = tables
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
+        .collect();
+    assert!(keys.len() > 20, "{keys:?}");
+    for key in keys {
+        let mut config = json!({
+            "cniVersion": "1.1.0", "name": "net", "mode": "bridge",
+            "ipam": { "type": "kbp-local", "subnet": "10.77.0.0/16" },
+        });
+        config[key] = json!([[1]]);
+        let variable = |name: &str| {
+            let value = match name {
+                "CNI_COMMAND" => "ADD",
+                "CNI_CONTAINERID" => "c1",
+                "CNI_NETNS" => "/run/netns/x",
+                "CNI_IFNAME" => "eth0",
+                _ => return None,
+            };
+            Some(value.into())
+        };
+        let error =
+            kbp_netplugin::rehearse(variable, config.to_string().as_bytes()).expect_err(key);
+        assert!(
+            error["msg"].as_str().expect("text").contains(key),
+            "{key}: {error}"
+        );
+    }
+}
