@@ -25,7 +25,14 @@ pub struct Process {
     pub operation: tokio::sync::Mutex<()>,
     state: Mutex<State>,
     exit: watch::Sender<Option<Exit>>,
-    io: Mutex<Option<ProcessIo>>,
+    io: Mutex<Io>,
+}
+
+#[derive(Debug, Default)]
+struct Io {
+    streams: Option<ProcessIo>,
+    /// Whether the client has closed its standard input, which it may have done before there were streams.
+    stdin_closed: bool,
 }
 
 /// Never held across anything that waits.
@@ -55,7 +62,7 @@ impl Process {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn io(&self) -> MutexGuard<'_, Option<ProcessIo>> {
+    fn io(&self) -> MutexGuard<'_, Io> {
         self.io.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -77,7 +84,12 @@ impl Process {
     /// The OCI runtime has made the process.
     pub fn set_created(&self, pid: u32, io: ProcessIo) {
         self.state().pid = pid;
-        *self.io() = Some(io);
+        let mut own = self.io();
+        let closed = own.stdin_closed;
+        let streams = own.streams.insert(io);
+        if closed {
+            streams.close_stdin();
+        }
     }
 
     /// Moves on, unless the process has ended.
@@ -125,14 +137,16 @@ impl Process {
 
     /// Lets its standard input end.
     pub fn close_stdin(&self) {
-        if let Some(io) = self.io().as_mut() {
-            io.close_stdin();
+        let mut io = self.io();
+        io.stdin_closed = true;
+        if let Some(streams) = &mut io.streams {
+            streams.close_stdin();
         }
     }
 
     /// Sets the size of its terminal.
     pub fn resize(&self, columns: u16, rows: u16) -> Result<()> {
-        match self.io().as_ref() {
+        match &self.io().streams {
             Some(io) => io.resize(columns, rows),
             None => Ok(()),
         }
@@ -140,7 +154,7 @@ impl Process {
 
     /// Copies the rest of its output, within `limit`, and closes its streams.
     pub async fn finish_io(&self, limit: Duration) {
-        let io = self.io().take();
+        let io = self.io().streams.take();
         if let Some(io) = io {
             io.finish(limit).await;
         }

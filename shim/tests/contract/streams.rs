@@ -69,6 +69,26 @@ async fn fifos_carry_everything_and_stdin_ends_when_it_is_closed() {
     shim.remove("c", "").await.expect("delete");
 }
 
+/// A client that has sent all of its input closes it, and the process may not have been started by then.
+#[tokio::test]
+async fn a_stdin_that_is_closed_before_the_start_ends_too() {
+    let world = World::new().await;
+    let shim = running(&world).await;
+    let mut request = exec_request("c", "x", &["sh", "-c", "test \"$(cat)\" = input"]);
+    request.stdin = world.fifo("in");
+    let writer = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&request.stdin)
+        .expect("open");
+    (&writer).write_all(b"input").expect("write");
+    shim.exec(&request).await.expect("exec");
+    close_stdin(&shim, "x").await;
+    shim.start_exec("c", "x").await.expect("start");
+    drop(writer);
+    assert_eq!(shim.exit_status("c", "x").await, 0);
+}
+
 #[tokio::test]
 async fn an_exec_s_output_is_complete_however_fast_it_ends() {
     let world = World::new().await;
