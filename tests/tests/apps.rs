@@ -100,6 +100,49 @@ fn serves_and_polls(app: App) {
     Leftovers::wait_until_clean(&sandbox, &before).expect("nothing left after the test");
 }
 
+/// Each of them is a trapped call of the client; none fails, and each is counted.
+#[test]
+fn ten_thousand_short_connections() {
+    const COUNT: u64 = 10_000;
+    let sandbox = Sandbox::new().expect("private node");
+    let node = AppNode::start(&sandbox, Settings::default()).expect("node");
+    let server = App::StaticC
+        .serve(&node, Runtime::Kbp, |guest| guest)
+        .expect("server");
+    let client = node
+        .pod(Runtime::Kbp, &Guest::idle("client"), |_| Ok(()))
+        .expect("client");
+    let command = [
+        "/kbp/app-load",
+        "connect",
+        &format!("{}:7000", server.address()),
+    ]
+    .map(str::to_owned)
+    .into_iter()
+    .chain([COUNT.to_string()]);
+    let output = client
+        .exec(&command.collect::<Vec<_>>())
+        .expect("connections");
+    let figures = App::StaticC
+        .figures(&output.stdout, client.root())
+        .unwrap_or_else(|e| panic!("{e}\n{output}"));
+    assert_eq!(figures.samples, COUNT);
+    wait_until("the counters", LIMIT, || {
+        let states = state::read_all(&sandbox.dir().join("run/kbp")).map_err(|e| e.to_string())?;
+        let counted = states
+            .iter()
+            .any(|s| s.id == "client" && s.sockets.calls_handled >= COUNT && s.sockets.errors == 0);
+        if counted {
+            Ok(())
+        } else {
+            Err(format!("{states:#?}"))
+        }
+    })
+    .expect("all calls handled");
+    client.remove().expect("remove the client");
+    server.remove().expect("remove the server");
+}
+
 macro_rules! apps {
     ($($name:ident $app:ident)*) => {
         $(#[test] fn $name() { serves_and_polls(App::$app) })*

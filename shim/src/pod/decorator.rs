@@ -75,7 +75,7 @@ async fn watch(mut events: mpsc::UnboundedReceiver<Event>, pod: Weak<Pod>) {
 
 pub(super) struct Decorator {
     next: Arc<dyn Task + Send + Sync>,
-    pod: Arc<Pod>,
+    pub(super) pod: Arc<Pod>,
 }
 
 impl Decorator {

@@ -6,12 +6,14 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api;
 use kbp_kernel::netns::Netns;
 use kbp_poller::Error;
 use kbp_poller::attach::AttachRequest;
 use kbp_poller::config::Config;
+use kbp_poller::policy::BusyPoll;
 use kbp_poller::polled::{PolledOutcome, attach};
 use kbp_poller::state::{Degraded, Part, SocketCounters};
 use kbp_poller::window::Window;
@@ -24,6 +26,9 @@ use super::treat::{self, HOST_NETWORK, Means, Support};
 use super::{Context, Refusal};
 use crate::sockets::{Event, Notifier, Treatment};
 use crate::spec::{CpuLimits, Network, Spec};
+
+/// Looking at what other pods have takes reading their state files.
+const FOLLOW_EVERY: Duration = Duration::from_secs(10);
 
 const NO_INTERFACE: &str = "there is no interface in the pod's network namespace";
 
@@ -56,6 +61,8 @@ struct Inner {
     runtimes: BTreeMap<String, OciRuntime>,
     notifier: Option<Notifier>,
     report: Option<Report>,
+    /// When the windows were last compared with what other pods have.
+    followed: Option<Instant>,
 }
 
 /// What the first container decided for all.
@@ -449,11 +456,44 @@ impl Pod {
 
     /// Brings the counters of the state file up to date.
     pub(super) fn count(&self) {
-        self.lock().tell_sockets();
+        let mut inner = self.lock();
+        inner.follow(&self.context);
+        inner.tell_sockets();
     }
 }
 
 impl Inner {
+    /// Decides the windows anew where they depend on who else is there: of containers with a cpuset, which another pod may have
+    /// come to share or left. It is called when calls were answered, so while sockets are made that the new window is for.
+    fn follow(&mut self, context: &Context) {
+        let (Some(founded), Some(notifier)) = (&self.founded, &self.notifier) else {
+            return;
+        };
+        let lately = |at: &Instant| at.elapsed() < FOLLOW_EVERY;
+        if founded.asked.policy.busy_poll != BusyPoll::Auto
+            || self.followed.as_ref().is_some_and(lately)
+        {
+            return;
+        }
+        self.followed = Some(Instant::now());
+        for (id, container) in &mut self.containers {
+            let Some(treatment) = container.treatment.as_mut() else {
+                continue;
+            };
+            if container.limits.cpus.is_none() {
+                continue;
+            }
+            let window = treat::window(&founded.asked, &container.limits, context);
+            if window == container.window {
+                continue;
+            }
+            tracing::info!("container {id}: busy-poll window now: {}", window.reason);
+            treatment.window = window.micros;
+            notifier.admit(id, *treatment);
+            container.window = window;
+        }
+    }
+
     /// Has another container stand for the pod's network in place of `gone`, unless the pod is attached already.
     fn replace_first(&mut self, gone: &str) -> Option<String> {
         let founded = self.founded.as_mut()?;

@@ -173,6 +173,34 @@ async fn an_update_of_the_limits_changes_the_window() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_window_follows_another_pod_that_comes_to_the_same_cpus() {
+    let bench = Bench::new(&[Net::Veth]);
+    let mut config = plain_config();
+    config["linux"]["resources"]["cpu"] = json!({"cpus": "0"});
+    bench.create("pod", &config).await.expect("create");
+    let own = bench.state();
+    let other = state::PodState {
+        id: "other".to_owned(),
+        ..own.clone()
+    };
+    assert_eq!(own.cpuset.as_deref(), Some("0"), "{own:?}");
+    state::write(&bench.state_dir(), &other).expect("write the other's state");
+    // As after calls were answered.
+    bench.service.pod.count();
+    state::remove(&bench.state_dir(), &other.namespace, &other.id).expect("remove it");
+    let now = bench.state();
+    assert!(
+        now.busy_poll_us < own.busy_poll_us && now.busy_poll_us.is_some(),
+        "{} then {}",
+        own.busy_poll_reason,
+        now.busy_poll_reason
+    );
+    assert!(now.busy_poll_reason.contains("another kbp pod"), "{now:?}");
+    bench.delete("pod").await;
+    bench.assert_clean();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_second_creation_of_the_same_id_does_not_disturb_the_first() {
     let bench = Bench::new(&[Net::Veth, Net::Empty]);
     bench.create("pod", &plain_config()).await.expect("create");
