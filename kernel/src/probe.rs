@@ -5,7 +5,9 @@
 mod link;
 mod supervise;
 
-pub use link::{masquerade, netdev_family, threaded_busy_poll, veth_features, veth_napi};
+pub use link::{
+    masquerade, netdev_family, threaded_busy_poll, veth_features, veth_napi, veth_packet,
+};
 pub use supervise::{pidfd_getfd, seccomp_notify, seccomp_sync_wake_up};
 
 use std::os::fd::AsFd;

@@ -192,7 +192,8 @@ fn sockperf(bench: &Bench) -> Vec<String> {
                 "  {}: sockperf {theirs:.1} µs, kbpctl {own:.1} µs; ratio to {} {their_ratio:.3} and {own_ratio:.3}, {:+.0} %",
                 arm.name,
                 base.name,
-                100.0 * (own_ratio / their_ratio - 1.0)
+                // Never a minus before a zero.
+                (100.0 * (own_ratio / their_ratio - 1.0)).round() + 0.0
             ));
         }
     }

@@ -27,7 +27,7 @@ const PROBES: [Probe; 8] = [
         name: "veth-napi",
         switch: Some(Feature::Napi),
         needs_root: true,
-        run: probe::veth_napi,
+        run: veth_napi,
         works: "a veth end with GRO on has a NAPI instance, so it can be polled",
         otherwise: Verdict::Broken,
         means: "no packet of a pod can be polled; pods are as fast as under runc",
@@ -113,6 +113,14 @@ pub(super) fn checks(privileged: bool, config: Option<&Config>) -> Vec<Check> {
     checks.push(busy_read(&net.join("busy_read")));
     checks.push(busy_poll(&net.join("busy_poll")));
     checks
+}
+
+/// Asks the kernel for the instance; one that lists none is asked by a packet.
+fn veth_napi() -> kbp_kernel::Result<()> {
+    match probe::netdev_family() {
+        Ok(()) => probe::veth_napi(),
+        Err(_) => probe::veth_packet(),
+    }
 }
 
 impl Probe {

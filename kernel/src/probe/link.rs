@@ -1,12 +1,16 @@
 //! Probes of links and their NAPI instances, on a veth pair between two throw-away namespaces.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
 
 use crate::ethtool::{Features, set_features};
 use crate::link::{Batch, RouteSocket, VethPair};
 use crate::napi::{Napi, NapiSettings, NetdevSocket, Threaded};
 use crate::netns::Netns;
 use crate::nft::MasqueradeTable;
+use crate::poll_socket::{Ends, prime};
 use crate::{Error, IfIndex, MacAddr, Mtu, Result};
 
 /// A veth end in a throw-away namespace gets a NAPI instance once GRO is on.
@@ -24,6 +28,51 @@ pub fn veth_napi() -> Result<()> {
 /// What the kernel said to the part that failed.
 pub fn veth_features() -> Result<()> {
     pollable_veth().map(|_| ())
+}
+
+/// A packet from one end of a veth passes a NAPI instance of the other: what [`veth_napi`] asks the kernel, told by a socket. For
+/// kernels that do not list instances (before 6.8).
+///
+/// # Errors
+/// [`Error::Unsupported`] when it passes none; what the kernel said when a veth cannot be made at all.
+pub fn veth_packet() -> Result<()> {
+    const HOST: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
+    const POD: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2));
+    /// A new veth may take a second until it carries packets.
+    const PATIENCE: Duration = Duration::from_secs(3);
+    let (host, pod, link) = pollable_veth()?;
+    let mut route = RouteSocket::open_in(&pod)?;
+    let pod_link = route.link_by_name("probe")?;
+    let pod_link = pod_link.ok_or_else(|| Error::NotFound {
+        what: "the other end of the new veth".to_owned(),
+    })?;
+    let pollable = Features {
+        gro: true,
+        tso: false,
+    };
+    set_features(&pod, "probe", pollable)?;
+    let address = |ip: IpAddr| IpNet::new_assert(ip, 30);
+    let mut batch = Batch::new();
+    batch.set_up(pod_link.index);
+    batch.add_address(pod_link.index, address(POD), false);
+    route.execute(&batch)?;
+    let mut batch = Batch::new();
+    batch.add_address(link, address(HOST), false);
+    RouteSocket::open_in(&host)?.execute(&batch)?;
+    let ends = Ends {
+        polled: &host,
+        other: &pod,
+        other_name: "probe",
+        addresses: &[HOST],
+    };
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match prime(&ends, None) {
+            Ok(_) => return Ok(()),
+            Err(error) if Instant::now() >= until => return Err(error),
+            Err(_) => {}
+        }
+    }
 }
 
 /// The netdev family answers `napi-get`.

@@ -206,3 +206,9 @@ fn probes_agree_with_what_can_be_done() {
         other => panic!("the probe and the trial differ: {other:?}"),
     }
 }
+
+#[test]
+fn a_packet_tells_of_a_veths_napi_as_the_kernel_does() {
+    kbp_kernel::probe::veth_napi().expect("an instance is listed");
+    kbp_kernel::probe::veth_packet().expect("a packet passes one");
+}

@@ -5,6 +5,7 @@
 
 mod attach;
 mod cgroup2;
+mod doctor;
 mod known;
 #[path = "../../../poller/tests/kernel/node.rs"]
 #[allow(dead_code, reason = "the poller's own tests use more of it")]
