@@ -5,6 +5,8 @@ use kbp_poller::state::Part;
 use kbp_tests::lab::{on, on_with};
 use kbp_tests::{Arm, Lab, PodNetns, Run, Settings};
 
+kbp_tests::scenarios!(on [kbp_on_machine, kbp_on_v2]: annotations, host_network);
+
 /// Expects that a container is not started and that the error contains every one of `words`.
 fn refused(lab: &Lab<'_>, run: Run, words: &[&str]) {
     let id = run.id().to_owned();
@@ -48,16 +50,6 @@ fn annotations(lab: &Lab<'_>) {
         .expect("run")
         .success()
         .expect("a stranger's annotation");
-}
-
-#[test]
-fn annotations_on_the_machine() {
-    on(Arm::KBP, annotations);
-}
-
-#[test]
-fn annotations_on_v2() {
-    on(Arm::KBP_V2, annotations);
 }
 
 #[test]
@@ -205,16 +197,6 @@ fn host_network(lab: &Lab<'_>) {
         .switch("--net-host")
         .annotation("kbp.io/required", "true");
     refused(lab, run, &["kbp.io/required", "host's network"]);
-}
-
-#[test]
-fn host_network_on_the_machine() {
-    on(Arm::KBP, host_network);
-}
-
-#[test]
-fn host_network_on_v2() {
-    on(Arm::KBP_V2, host_network);
 }
 
 /// A network namespace that is not there: the reason names it, and the OCI runtime's word is as good as kbp's.

@@ -8,6 +8,8 @@ use kbp_tests::{
 };
 use serde_json::json;
 
+kbp_tests::scenarios!(on [kbp_on_machine, kbp_on_v2]: a_storm_of_trapped_calls, kbp_outlives_containerd);
+
 const STOCK: Arm = Arm {
     runtime: Runtime::Stock,
     ..Arm::KBP
@@ -66,16 +68,6 @@ fn a_storm_of_trapped_calls(lab: &Lab<'_>) {
             started.elapsed()
         );
     }
-}
-
-#[test]
-fn a_storm_of_trapped_calls_on_the_machine() {
-    on(Arm::KBP, a_storm_of_trapped_calls);
-}
-
-#[test]
-fn a_storm_of_trapped_calls_on_v2() {
-    on(Arm::KBP_V2, a_storm_of_trapped_calls);
 }
 
 /// The other architecture of the machine: no profile may kill its programs, and their sockets poll too.
@@ -295,16 +287,6 @@ fn kbp_outlives_containerd(lab: &Lab<'_>) {
         .expect("kill");
     exec.wait(LIMIT).expect("end of the exec");
     lab.containerd.remove("c").expect("remove");
-}
-
-#[test]
-fn kbp_outlives_containerd_on_the_machine() {
-    on(Arm::KBP, kbp_outlives_containerd);
-}
-
-#[test]
-fn kbp_outlives_containerd_on_v2() {
-    on(Arm::KBP_V2, kbp_outlives_containerd);
 }
 
 /// The link of a living pod goes down and up, which gives it other NAPI instances: the state follows.

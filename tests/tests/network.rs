@@ -11,6 +11,8 @@ use kbp_poller::policy::WorkerPolicy;
 use kbp_tests::lab::{LIMIT, join_netns, on, on_with};
 use kbp_tests::{Arm, Lab, Pod, Run, Runtime, Settings, Sockets, fixtures, wait_until};
 
+kbp_tests::scenarios!(on [kbp_on_machine, kbp_on_v2]: an_exec_busy_polls, a_pod_of_two_containers);
+
 /// An unmodified server: where it comes from and how it is started.
 struct Server {
     binary: PathBuf,
@@ -347,16 +349,6 @@ fn an_exec_busy_polls(lab: &Lab<'_>) {
         std::fs::remove_file(pid_file).expect("pid file");
     }
     lab.containerd.remove("c").expect("remove");
-}
-
-#[test]
-fn an_exec_busy_polls_on_the_machine() {
-    on(Arm::KBP, an_exec_busy_polls);
-}
-
-#[test]
-fn an_exec_busy_polls_on_v2() {
-    on(Arm::KBP_V2, an_exec_busy_polls);
 }
 
 /// What the trapped calls answer is what they answer under the stock shim, to the last errno.
@@ -766,16 +758,6 @@ fn a_pod_of_two_containers(lab: &Lab<'_>) {
     assert!(Sockets::of(pid).expect("sockets").all_poll_for(88));
     lab.containerd.remove("app").expect("remove");
     lab.containerd.remove("pause").expect("remove");
-}
-
-#[test]
-fn a_pod_of_two_containers_on_the_machine() {
-    on(Arm::KBP, a_pod_of_two_containers);
-}
-
-#[test]
-fn a_pod_of_two_containers_on_v2() {
-    on(Arm::KBP_V2, a_pod_of_two_containers);
 }
 
 /// Ids are unique in a containerd namespace only.

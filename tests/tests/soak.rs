@@ -5,6 +5,8 @@ use std::path::Path;
 use kbp_tests::lab::{LIMIT, on};
 use kbp_tests::{Arm, Lab, Leftovers, Network, Oci, Pod, Sockets, fixtures, running, wait_until};
 
+kbp_tests::scenarios!(on [kbp_on_machine, kbp_on_v2]: a_killed_shim_leaves_nothing, a_killed_node_is_cleared_at_the_next_start);
+
 /// Create, start, use and delete; the node is looked at after each tenth round, and at the end by `on`.
 fn rounds(lab: &Lab<'_>, count: u32) {
     let before = Leftovers::of(lab.sandbox).expect("before");
@@ -148,16 +150,6 @@ fn a_killed_shim_leaves_nothing(lab: &Lab<'_>) {
     }
 }
 
-#[test]
-fn a_killed_shim_leaves_nothing_on_the_machine() {
-    on(Arm::KBP, a_killed_shim_leaves_nothing);
-}
-
-#[test]
-fn a_killed_shim_leaves_nothing_on_v2() {
-    on(Arm::KBP_V2, a_killed_shim_leaves_nothing);
-}
-
 /// Shim and containerd are killed together, as when a node runs out of memory; the next start of containerd clears it away.
 fn a_killed_node_is_cleared_at_the_next_start(lab: &Lab<'_>) {
     let pod = lab.pod("pod");
@@ -199,16 +191,6 @@ fn a_killed_node_is_cleared_at_the_next_start(lab: &Lab<'_>) {
         "{state:#?}"
     );
     lab.containerd.remove("c").expect("remove");
-}
-
-#[test]
-fn a_killed_node_is_cleared_at_the_next_start_on_the_machine() {
-    on(Arm::KBP, a_killed_node_is_cleared_at_the_next_start);
-}
-
-#[test]
-fn a_killed_node_is_cleared_at_the_next_start_on_v2() {
-    on(Arm::KBP_V2, a_killed_node_is_cleared_at_the_next_start);
 }
 
 /// A create that fails half-way takes back what it had done.
