@@ -1,16 +1,17 @@
 //! Attach and detach on another kernel.
 
 use kbp_kernel::ethtool::{self, Features};
-use kbp_poller::attach::Attachment;
+use kbp_kernel::napi::{NapiSettings, NetdevSocket, Threaded};
+use kbp_poller::attach::{Attachment, clear_leftovers};
 use kbp_poller::policy::WorkerPolicy;
-use kbp_poller::state::{Degraded, Part};
+use kbp_poller::state::{self, Degraded, Part};
 
 use crate::known::Known;
 use crate::node::{Node, any_cpu, ip, thread_lives, wait_parked, wait_until};
 
 /// Packets that have to be polled before it counts. One would do, since softirq handles none of them on the worker's CPU; a
 /// machine whose CPUs take turns gives the worker few.
-const SOME: u64 = 10;
+const SOME: u64 = 3;
 
 fn attach(node: &Node, worker: WorkerPolicy, config: &str) -> Attachment {
     let config = format!("cpus = \"{}\"\n{config}", any_cpu());
@@ -133,4 +134,39 @@ fn a_pod_that_lives_on_gets_its_offloads_back_in_a_guest() {
     attachment.detach_and_restore().expect("detach");
     let after = ends.map(|(n, name)| ethtool::features(n, name).expect("features"));
     assert_eq!(after, before);
+}
+
+/// A NAPI's own thread is the only worker that outlives its owner: who comes next ends it.
+#[test]
+#[ignore = "run in an emulated machine by linux_*"]
+fn a_thread_of_a_killed_owner_is_ended_by_the_next_in_a_guest() {
+    if !Known::here().kthread {
+        return;
+    }
+    let node = Node::new();
+    let attachment = attach(&node, WorkerPolicy::Dedicated, "");
+    let mut state = attachment.state();
+    assert_eq!(
+        state.worker.as_ref().map(|w| w.kind.as_str()),
+        Some("kthread")
+    );
+    attachment.detach().expect("detach");
+
+    let link = node.host_link("vhost0").index;
+    let mut netdev = NetdevSocket::open_in(&node.host).expect("netdev");
+    let napi = netdev.napis(link).expect("list")[0].id;
+    let spins = NapiSettings {
+        threaded: Some(Threaded::BusyPoll),
+        ..NapiSettings::default()
+    };
+    netdev.set(napi, spins).expect("as its owner left it");
+    // A process with this id lives, but it started at another time.
+    state.owner_start += 1;
+    state::write(&node.state_dir(), &state).expect("its state file");
+
+    let cleared = node.host.run(|| clear_leftovers(&node.state_dir()));
+    cleared.expect("enter").expect("clear");
+    let now = netdev.napis(link).expect("list")[0].threaded;
+    assert_eq!(now, Some(Threaded::Disabled));
+    assert_eq!(node.state_files(), Vec::<String>::new());
 }
