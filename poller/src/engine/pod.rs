@@ -21,6 +21,11 @@ use crate::tune::Tuner;
 /// Link events come in flocks, and another program may set back what kbp sets: this long between two looks bounds both.
 const SETTLE: Duration = Duration::from_millis(50);
 
+/// When a worker could not take over a NAPI, it is tried again: a link that has just come up may lose the packet that primes a
+/// socket. Then less and less often, since a firewall may be the cause.
+const RETRY: Duration = Duration::from_millis(250);
+const MOST_RETRY: Duration = Duration::from_secs(32);
+
 /// Names a pod within its engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct PodKey(pub(super) u64);
@@ -46,6 +51,8 @@ pub(crate) struct Pod {
     /// Where its namespace was found, when it is to be let go once it is not there any more.
     pub(crate) path: Option<(PathBuf, NetnsId)>,
     pub(super) rate: u64,
+    /// Until the next try, when a worker could not take over a NAPI.
+    retry: Duration,
     events: LinkEvents,
     pace: Pace,
     /// Packets at the last count, and all since the attach.
@@ -83,6 +90,7 @@ impl Pod {
             packets: 0,
             ticked: now,
             tick_at: None,
+            retry: RETRY,
             // The first look was now, and the second need not wait.
             refreshed: now,
             refresh_at: None,
@@ -134,7 +142,8 @@ impl Pod {
     }
 
     pub(super) fn refresh_soon(&mut self) {
-        self.refresh_at = self.refresh_at.or(Some(self.refreshed + SETTLE));
+        let soon = self.refreshed + SETTLE;
+        self.refresh_at = Some(self.refresh_at.map_or(soon, |at| at.min(soon)));
     }
 
     /// Reads its events to the end, or the wait would return at once.
@@ -225,17 +234,30 @@ impl Pod {
         !self.host_ends().eq(before)
     }
 
+    /// Its worker could not take over all of it.
+    fn retry_later(&mut self) {
+        self.refresh_at = Some(Instant::now() + self.retry);
+        self.retry = (self.retry * 2).min(MOST_RETRY);
+    }
+
     fn follow(&mut self, workers: &mut Workers, findings: Findings) {
         let mut degraded = findings.degraded.clone();
         let wanted = findings.host_napis();
         if self.worker.is_none() && self.record.is_gone() && !wanted.is_empty() {
             workers.place(self);
         }
-        if let Err(reason) = workers.follow(self, &wanted) {
-            degraded.push(Degraded {
-                part: Part::Worker,
-                reason,
-            });
+        let outcome = workers.follow(self, &wanted);
+        // Where ids are learnt from packets, one may have been lost.
+        let unknown = findings.ids_unknown.filter(|_| self.worker.is_some());
+        match outcome.and(unknown.map_or(Ok(()), Err)) {
+            Ok(()) => self.retry = RETRY,
+            Err(reason) => {
+                degraded.push(Degraded {
+                    part: Part::Worker,
+                    reason,
+                });
+                self.retry_later();
+            }
         }
         // New NAPIs begin their life in softirq; the worker takes over at once if it is awake, else at the next tick.
         self.record.found(findings.interfaces, degraded);
