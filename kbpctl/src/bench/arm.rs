@@ -23,7 +23,7 @@ pub(crate) struct Arm {
     pub(crate) name: String,
     /// For a person.
     pub(crate) what: String,
-    /// None: the stock runtime of the command line.
+    /// Who starts its containers.
     pub(crate) runtime: Runtime,
     pub(crate) link: Link,
     /// Annotations of the pods.
