@@ -5,8 +5,9 @@
 //! however it does, the connection to it closes, its workers have ended by then, and this process attaches at once. In between,
 //! for some milliseconds, softirq takes the packets, as on any veth.
 
-use std::os::fd::{AsFd, AsRawFd};
-use std::path::PathBuf;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -130,11 +131,7 @@ impl Polled {
         };
         let state_dir = &request.config.state_dir;
         state::create_dir(state_dir)?;
-        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
-            .map_err(failed("make an inotify instance"))?;
-        inotify
-            .add_watch(state_dir, AddWatchFlags::IN_MOVED_TO)
-            .map_err(failed("watch the state directory for a daemon"))?;
+        let notice = Notice::new(state_dir);
         let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(failed("make an eventfd"))?;
         let missed = matches!(who, Who::Own(_)) && state_dir.join(api::READY).exists();
@@ -150,7 +147,7 @@ impl Polled {
         let thread = std::thread::Builder::new()
             .name("kbp-owner".to_owned())
             .stack_size(STACK)
-            .spawn(move || followed.run(&inotify, missed))
+            .spawn(move || followed.run(notice, missed))
             .map_err(|e| Error::io("start the thread that follows the daemon", e))?;
         Ok(Self {
             shared,
@@ -228,7 +225,7 @@ impl Shared {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn run(&self, inotify: &Inotify, mut try_daemon: bool) {
+    fn run(&self, mut notice: Notice, mut try_daemon: bool) {
         let mut retry_at: Option<Instant> = None;
         loop {
             if try_daemon || retry_at.is_some_and(|at| Instant::now() >= at) {
@@ -237,14 +234,14 @@ impl Shared {
                 let worked = inner.settle(try_daemon || ready.exists());
                 drop(inner);
                 retry_at = (!worked).then(|| Instant::now() + RETRY);
-                try_daemon = false;
             }
             // A copy, since the lock is not held while waiting.
             let daemon = match &self.lock().who {
                 Who::Daemon { client, .. } => client.as_fd().try_clone_to_owned().ok(),
                 _ => None,
             };
-            let timeout = match retry_at {
+            let look_at = notice.interval().map(|every| Instant::now() + every);
+            let timeout = match [retry_at, look_at].into_iter().flatten().min() {
                 None => PollTimeout::NONE,
                 Some(at) => at
                     .saturating_duration_since(Instant::now())
@@ -253,15 +250,16 @@ impl Shared {
                     .try_into()
                     .unwrap_or(PollTimeout::MAX),
             };
-            let mut fds = vec![
-                PollFd::new(self.stop.as_fd(), PollFlags::POLLIN),
-                PollFd::new(inotify.as_fd(), PollFlags::POLLIN),
+            let watched = [
+                Some(self.stop.as_fd()),
+                daemon.as_ref().map(AsFd::as_fd),
+                notice.fd(),
             ];
-            fds.extend(
-                daemon
-                    .as_ref()
-                    .map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)),
-            );
+            let mut fds: Vec<PollFd<'_>> = watched
+                .iter()
+                .flatten()
+                .map(|fd| PollFd::new(*fd, PollFlags::POLLIN))
+                .collect();
             match poll(&mut fds, timeout) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => {
@@ -274,10 +272,8 @@ impl Shared {
             if ready.first() == Some(&true) {
                 return;
             }
-            if ready.get(1) == Some(&true) {
-                try_daemon = is_ready(inotify);
-            }
-            if ready.get(2) == Some(&true) {
+            try_daemon = notice.is_ready();
+            if daemon.is_some() && ready.get(1) == Some(&true) {
                 // Between two calls nothing comes but the end.
                 let mut inner = self.lock();
                 if inner.has_lost_daemon() {
@@ -289,19 +285,83 @@ impl Shared {
     }
 }
 
-/// Reads what has happened in the state directory; whether a daemon has begun to serve.
-fn is_ready(inotify: &Inotify) -> bool {
-    let mut ready = false;
-    while let Ok(events) = inotify.read_events() {
-        ready |= events
-            .iter()
-            // Some were lost: look.
-            .any(|e| {
-                e.mask.contains(AddWatchFlags::IN_Q_OVERFLOW)
-                    || e.name.as_deref() == Some(api::READY.as_ref())
-            });
+/// How one learns that a daemon has begun to serve.
+#[derive(Debug)]
+enum Notice {
+    /// The kernel tells.
+    Events(Inotify),
+    /// By looking: a user has 128 inotify instances unless the node allows more (fs.inotify.max_user_instances), and a node
+    /// can have more pods than that.
+    Looks { file: PathBuf, seen: Option<Stamp> },
+}
+
+/// What makes a file another one under the same name.
+type Stamp = (u64, i64, i64);
+
+impl Notice {
+    fn new(state_dir: &Path) -> Self {
+        let watched = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).and_then(|i| {
+            i.add_watch(state_dir, AddWatchFlags::IN_MOVED_TO)
+                .map(|_| i)
+        });
+        match watched {
+            Ok(inotify) => Self::Events(inotify),
+            Err(errno) => {
+                tracing::info!(%errno, "the state directory is looked at once a second instead of being watched");
+                Self::looks(state_dir)
+            }
+        }
     }
-    ready
+
+    fn looks(state_dir: &Path) -> Self {
+        let file = state_dir.join(api::READY);
+        Self::Looks {
+            seen: stamp(&file),
+            file,
+        }
+    }
+
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Events(inotify) => Some(inotify.as_fd()),
+            Self::Looks { .. } => None,
+        }
+    }
+
+    fn interval(&self) -> Option<Duration> {
+        match self {
+            Self::Events(_) => None,
+            Self::Looks { .. } => Some(RETRY),
+        }
+    }
+
+    /// Whether a daemon has begun to serve since the last call.
+    fn is_ready(&mut self) -> bool {
+        match self {
+            Self::Events(inotify) => {
+                let mut ready = false;
+                while let Ok(events) = inotify.read_events() {
+                    // Some were lost: look.
+                    ready |= events.iter().any(|e| {
+                        e.mask.contains(AddWatchFlags::IN_Q_OVERFLOW)
+                            || e.name.as_deref() == Some(api::READY.as_ref())
+                    });
+                }
+                ready
+            }
+            Self::Looks { file, seen } => {
+                let now = stamp(file);
+                let changed = now.is_some() && now != *seen;
+                *seen = now;
+                changed
+            }
+        }
+    }
+}
+
+fn stamp(file: &Path) -> Option<Stamp> {
+    let metadata = std::fs::metadata(file).ok()?;
+    Some((metadata.ino(), metadata.mtime(), metadata.mtime_nsec()))
 }
 
 impl Inner {
@@ -469,4 +529,35 @@ fn copy(request: &AttachRequest) -> Result<AttachRequest> {
         degraded: request.degraded.clone(),
         config: request.config.clone(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_daemon_that_begins_to_serve_is_noticed_once_with_and_without_events() {
+        let dir = tempfile::tempdir().expect("directory");
+        let rename = |name: &str| {
+            let temporary = dir.path().join(".new");
+            std::fs::write(&temporary, "1\n").expect("write");
+            std::fs::rename(&temporary, dir.path().join(name)).expect("rename");
+        };
+        let mut notices = [Notice::new(dir.path()), Notice::looks(dir.path())];
+        assert!(matches!(notices[0], Notice::Events(_)), "{notices:?}");
+        let mut ready = || notices.each_mut().map(Notice::is_ready);
+        assert_eq!(ready(), [false, false]);
+        rename("other");
+        assert_eq!(ready(), [false, false]);
+        rename(api::READY);
+        assert_eq!(ready(), [true, true]);
+        assert_eq!(ready(), [false, false]);
+        // Another one in its place, and one after the file was away.
+        rename(api::READY);
+        assert_eq!(ready(), [true, true]);
+        std::fs::remove_file(dir.path().join(api::READY)).expect("remove");
+        assert_eq!(ready(), [false, false]);
+        rename(api::READY);
+        assert_eq!(ready(), [true, true]);
+    }
 }
