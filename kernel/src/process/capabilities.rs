@@ -52,8 +52,11 @@ struct Sets {
     inheritable: u32,
 }
 
-/// Gives up capabilities for the calling thread and those that it starts from now on. The bounding set stays: a program
-/// that root executes has them again, unless the process is set not to treat root like that.
+/// Takes capabilities out of force for the calling thread and those that it starts from now on. A program that root executes
+/// has them again, unless the process is set not to treat root like that.
+///
+/// They stay permitted: a program that gains permitted ones at its exec loses the signal of [`super::end_with_parent`]
+/// (`commit_creds` in kernel/cred.c).
 ///
 /// False: nothing was given up, because a program that this process executes would not have them again.
 pub fn give_up(capabilities: &[Capability]) -> Result<bool> {
@@ -74,13 +77,10 @@ pub fn give_up(capabilities: &[Capability]) -> Result<bool> {
     for capability in capabilities {
         let number = *capability as usize;
         let word = &mut sets[number / 32];
-        let kept = !(1u32 << (number % 32));
-        // Not the inheritable ones: children would notice.
-        word.effective &= kept;
-        word.permitted &= kept;
+        word.effective &= !(1u32 << (number % 32));
     }
     // SAFETY: both live through the call, and version 3 reads two words.
     let answer = unsafe { libc::syscall(libc::SYS_capset, &raw mut header, sets.as_ptr()) };
-    check(answer, || "give up capabilities".to_owned())?;
+    check(answer, || "take capabilities out of force".to_owned())?;
     Ok(true)
 }

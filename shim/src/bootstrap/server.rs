@@ -72,7 +72,7 @@ pub fn serve(flags: &Flags) -> anyhow::Result<()> {
     if let Err(error) = kbp_kernel::process::set_thp_disabled(true) {
         tracing::debug!("{error}");
     }
-    // Before there are other threads. The OCI runtime, which root executes, has all of them again.
+    // Before there are other threads. In the OCI runtime, which root executes, all of them are in force again.
     match give_up(&NOT_NEEDED) {
         Ok(true) => {}
         Ok(false) => {
