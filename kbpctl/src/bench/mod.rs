@@ -2,7 +2,9 @@
 
 mod app;
 mod arm;
+mod around;
 mod cni;
+mod command;
 mod compare;
 mod ctr;
 mod html;

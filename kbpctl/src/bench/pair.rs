@@ -4,7 +4,6 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -16,7 +15,9 @@ use serde_json::{Value, json};
 
 use super::app::App;
 use super::arm::{Arm, Link, Runtime};
+use super::around::{Around, idle_group};
 use super::cni::Network;
+use super::command;
 use super::ctr::Ctr;
 use super::interrupt::Interrupt;
 use super::keeper::{Attachment, Keeper};
@@ -25,7 +26,7 @@ use crate::load::{Measured, Talk};
 /// Port of the servers that are this program.
 const PORT: u16 = 7007;
 /// Port of the server at which a neighbour's flood is aimed.
-const DISCARD: u16 = 7009;
+pub(super) const DISCARD: u16 = 7009;
 /// Longest that a container takes to start, on a busy machine.
 const START: Duration = Duration::from_secs(20);
 /// Where this program and the shared directory are in a container.
@@ -296,7 +297,7 @@ impl Node {
                 app.port(),
             ),
             None => (
-                server(PROGRAM, job, arm, bind, &format!("{SHARED}/{ready}"), None),
+                command::server(PROGRAM, job, arm, bind, &format!("{SHARED}/{ready}"), None),
                 PORT,
             ),
         };
@@ -338,7 +339,7 @@ impl Node {
             None => None,
         };
         let to = SocketAddr::from((server.address, port));
-        let command = client_command(PROGRAM, job, arm, to, &format!("{SHARED}/{out}"), None);
+        let command = command::client(PROGRAM, job, arm, to, &format!("{SHARED}/{out}"), None);
         let command: Vec<&str> = command.iter().map(String::as_str).collect();
         let limit = Duration::from_secs_f64(job.seconds + job.warm_up) + START;
         let said = self.ctr.exec(&client.id, "measure", &command, limit)?;
@@ -442,11 +443,11 @@ impl Node {
         );
         let at = SocketAddr::from((Ipv4Addr::LOCALHOST, PORT));
         let path = ready.display().to_string();
-        let command = server(&own, job, &stock, at, &path, Some(self.server_cpu));
+        let command = command::server(&own, job, &stock, at, &path, Some(self.server_cpu));
         around.start(&netns, &command)?;
         self.interrupt
             .until("the server's start", START, || ready.exists().then_some(()))?;
-        let command = client_command(
+        let command = command::client(
             &own,
             job,
             &stock,
@@ -511,106 +512,6 @@ fn system_dirs() -> Vec<(String, bool)> {
     .collect()
 }
 
-fn talk(job: &Job) -> Result<String> {
-    let name = serde_json::to_value(job.talk)?;
-    Ok(name.as_str().unwrap_or_default().to_owned())
-}
-
-fn server(
-    program: &str,
-    job: &Job,
-    arm: &Arm,
-    bind: SocketAddr,
-    ready: &str,
-    cpu: Option<CpuId>,
-) -> Vec<String> {
-    let mut command: Vec<String> = [
-        program,
-        "load",
-        "server",
-        "--bind",
-        &bind.to_string(),
-        "--ready",
-        ready,
-    ]
-    .map(str::to_owned)
-    .to_vec();
-    command.extend(["--talk".to_owned(), talk(job).unwrap_or_default()]);
-    if job.flood.is_some() {
-        command.extend(["--discard".to_owned(), DISCARD.to_string()]);
-    }
-    command.extend(arm.spin.then(|| "--spin".to_owned()));
-    command.extend(
-        cpu.into_iter()
-            .flat_map(|c| ["--cpu".to_owned(), c.to_string()]),
-    );
-    command
-}
-
-fn client_command(
-    program: &str,
-    job: &Job,
-    arm: &Arm,
-    to: SocketAddr,
-    out: &str,
-    cpu: Option<CpuId>,
-) -> Vec<String> {
-    let mut command: Vec<String> = [
-        program,
-        "load",
-        "client",
-        "--to",
-        &to.to_string(),
-        "--out",
-        out,
-    ]
-    .map(str::to_owned)
-    .to_vec();
-    for (flag, value) in [
-        ("--talk", talk(job).unwrap_or_default()),
-        ("--seconds", job.seconds.to_string()),
-        ("--warm-up", job.warm_up.to_string()),
-        ("--size", job.size.to_string()),
-    ] {
-        command.extend([flag.to_owned(), value]);
-    }
-    command.extend(
-        job.rate
-            .into_iter()
-            .flat_map(|r| ["--rate".to_owned(), r.to_string()]),
-    );
-    command.extend(arm.spin.then(|| "--spin".to_owned()));
-    command.extend(
-        cpu.into_iter()
-            .flat_map(|c| ["--cpu".to_owned(), c.to_string()]),
-    );
-    command
-}
-
-/// A cgroup at the top, beside the one of the containers and everything else, that is idle as a whole: a thread of the class SCHED_IDLE gives way within its own group
-/// only, and against other groups it counts as much as any thread (kernel/sched/fair.c, find_matching_se).
-fn idle_group(name: &str) -> Result<PathBuf> {
-    const ROOT: &str = "/sys/fs/cgroup";
-    let v1 = ["cpu", "cpu,cpuacct"].map(|c| Path::new(ROOT).join(c));
-    let root = v1.into_iter().find(|d| d.join("cgroup.procs").exists());
-    let unified = root.is_none();
-    let root = root.unwrap_or_else(|| PathBuf::from(ROOT));
-    let group = root.join(super::keeper::idle_group(name));
-    std::fs::create_dir_all(&group).with_context(|| format!("make cgroup {}", group.display()))?;
-    if unified {
-        // It may be on already, and then may not be written by everybody.
-        let _ = std::fs::write(root.join("cgroup.subtree_control"), "+cpu");
-    }
-    let file = group.join("cpu.idle");
-    std::fs::write(&file, "1").with_context(|| {
-        format!(
-            "write {}: the arm spinner wants Linux 5.15 or later with the cpu controller",
-            file.display()
-        )
-    })?;
-    Ok(group)
-}
-
 /// Median and 99th percentile, in µs.
 fn sockperf_percentiles(text: &str) -> Option<(f64, f64)> {
     let at = |percentile: &str| {
@@ -620,53 +521,6 @@ fn sockperf_percentiles(text: &str) -> Option<(f64, f64)> {
         line.split('=').nth(1)?.trim().parse().ok()
     };
     Some((at("50.000")?, at("99.000")?))
-}
-
-/// Processes of the node that belong to a measurement; killed when this is dropped, and by the kernel when this process dies.
-#[derive(Default)]
-struct Around(Vec<Child>);
-
-impl Around {
-    fn spin(&mut self, cpu: CpuId, idle_group: Option<&Path>) -> Result<()> {
-        let mut command = Command::new(std::env::current_exe().context("find this program")?);
-        command.args(["load", "spin", "--cpu", &cpu.to_string()]);
-        if let Some(group) = idle_group {
-            command.arg("--idle-group").arg(group);
-        }
-        self.spawn(command)
-    }
-
-    fn start(&mut self, netns: &Netns, command: &[String]) -> Result<()> {
-        let Some((program, arguments)) = command.split_first() else {
-            bail!("nothing to start");
-        };
-        let mut command = Command::new(program);
-        command.args(arguments);
-        // A child is born into the namespaces of the thread that starts it.
-        netns.run(|| self.spawn(command))?
-    }
-
-    fn spawn(&mut self, mut command: Command) -> Result<()> {
-        use std::os::unix::process::CommandExt;
-        command
-            .process_group(0)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null());
-        let child = command
-            .spawn()
-            .with_context(|| format!("start {}", command.get_program().display()))?;
-        self.0.push(child);
-        Ok(())
-    }
-}
-
-impl Drop for Around {
-    fn drop(&mut self) {
-        for child in &mut self.0 {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
 }
 
 #[cfg(test)]
