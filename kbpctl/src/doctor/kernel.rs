@@ -160,7 +160,7 @@ impl Probe {
 /// The sysctl on its own, because it is the usual reason for a failed probe, and because it says who is let in.
 fn io_uring(path: &Path) -> Check {
     const NAME: &str = "io-uring-sysctl";
-    let meaning = "no kernel worker";
+    let meaning = "workers poll through sockets instead, with a system call for each round";
     let remedy = "sysctl -w kernel.io_uring_disabled=0, and a file in /etc/sysctl.d to keep it";
     match read(path).as_deref() {
         // Before 6.6 there is no such sysctl: nothing is switched off.
