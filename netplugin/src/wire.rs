@@ -165,7 +165,7 @@ pub(crate) fn create(
             host: end(host, &host_name, attachment.host_mac())?,
             pod: end(pod, &attachment.ifname, pod_mac)?,
         };
-        // Before the pod end is up: not a frame of the pod gets into another VLAN.
+        // Before the port is up: not a frame of the pod gets into another VLAN.
         if let Some(vlan) = port.and_then(|port| port.vlan) {
             join_vlan(host, pair.host.index, vlan)?;
         }
@@ -181,21 +181,18 @@ pub(crate) fn create(
     })
 }
 
-/// The pod end comes up as soon as it can, and the qdiscs after it: until then the link has no carrier, and a kernel
-/// before 6.8 takes up to a second to notice that it has one, unless a new qdisc makes it look.
+/// Features and qdisc first, while the ends are down, which spares the kernel a grace period for each.
 fn set_up(host: &mut Side, pod: &mut Side, pair: &Pair, options: &Options) -> Result<()> {
-    let limit = options.tx_queue_len;
     sysctl::refuse_router_advertisements(&pair.host.name)?;
-    pod.route.execute(
-        Batch::new()
-            .set_up(pair.pod.index)
-            .set_pfifo(pair.pod.index, limit),
-    )?;
-    host.route
-        .execute(Batch::new().set_pfifo(pair.host.index, limit))?;
-    let ends = [(pod, &pair.pod), (host, &pair.host)];
-    for (side, end) in &ends {
+    let mut ends = [(pod, &pair.pod), (host, &pair.host)];
+    for (side, end) in &mut ends {
+        // A NAPI instance comes with the link's being up.
         ethtool::set_features_of_new(&side.route, &end.name, features(options.profile))?;
+        side.route.execute(
+            Batch::new()
+                .set_pfifo(end.index, options.tx_queue_len)
+                .set_up(end.index),
+        )?;
     }
     // Asking for a link makes the kernel (6.8+) notice at once that it has a carrier, which it else does up to a
     // second later: until then its operational state is down, and programs that look at it would wait.

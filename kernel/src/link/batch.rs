@@ -52,16 +52,28 @@ impl Batch {
 
     /// Creates a veth pair; fails when either name is taken.
     pub fn create_veth(&mut self, pair: &VethPair<'_>) -> &mut Self {
-        self.create_veth_with(pair, 1, None)
+        self.create_pair(pair, 1, None, LinkFlags::Up)
     }
 
     /// Creates a veth pair with that many queue pairs at each end, each with a NAPI instance of its own, and with
-    /// the host end a port of `bridge`; fails when either name is taken.
+    /// the host end a port of `bridge`; fails when either name is taken. Both ends are down: a qdisc that is
+    /// replaced on a link that is up costs an RCU grace period under the kernel's RTNL lock (dev_deactivate_many
+    /// in net/sched/sch_generic.c).
     pub fn create_veth_with(
         &mut self,
         pair: &VethPair<'_>,
         queues: u32,
         bridge: Option<IfIndex>,
+    ) -> &mut Self {
+        self.create_pair(pair, queues, bridge, LinkFlags::empty())
+    }
+
+    fn create_pair(
+        &mut self,
+        pair: &VethPair<'_>,
+        queues: u32,
+        bridge: Option<IfIndex>,
+        host_flags: LinkFlags,
     ) -> &mut Self {
         let end = |name: &str, mac: MacAddr| {
             let mut message = LinkMessage::default();
@@ -80,7 +92,7 @@ impl Batch {
         pod.attributes
             .push(LinkAttribute::NetNsFd(pair.pod_netns.as_fd().as_raw_fd()));
         let mut host = end(pair.host_name, pair.host_mac);
-        host.header.flags = LinkFlags::Up;
+        host.header.flags = host_flags;
         host.header.change_mask = LinkFlags::Up;
         host.attributes
             .extend(bridge.map(|bridge| LinkAttribute::Controller(bridge.0)));
