@@ -67,6 +67,8 @@ pub struct Link {
     pub kind: LinkKind,
     /// Whether IFF_UP is set.
     pub up: bool,
+    /// Whether IFF_RUNNING is set: its operational state is up, or not known.
+    pub running: bool,
     /// Whether this is the loopback.
     pub loopback: bool,
     /// MAC, where it is six bytes.

@@ -197,7 +197,16 @@ fn set_up(host: &mut Side, pod: &mut Side, pair: &Pair, options: &Options) -> Re
     // Asking for a link makes the kernel (6.8+) notice at once that it has a carrier, which it else does up to a
     // second later: until then its operational state is down, and programs that look at it would wait.
     for (side, end) in ends {
-        side.route.link_by_index(end.index)?;
+        let link = side.route.link_by_index(end.index)?;
+        if link.is_some_and(|link| !link.running) {
+            // An older one sends nothing before that either, unless a new qdisc makes it look.
+            let limit = options.tx_queue_len;
+            side.route.execute(
+                Batch::new()
+                    .delete_qdisc(end.index)
+                    .set_pfifo(end.index, limit),
+            )?;
+        }
     }
     Ok(())
 }

@@ -63,6 +63,7 @@ pub(super) fn link(payload: &[u8]) -> Option<Link> {
         alias: None,
         kind: LinkKind::None,
         up: flag(libc::IFF_UP),
+        running: flag(libc::IFF_RUNNING),
         loopback: flag(libc::IFF_LOOPBACK),
         mac: None,
         mtu: Mtu(0),
