@@ -84,17 +84,7 @@ impl PidFd {
     }
 
     fn open_leader_of(tid: u32) -> Result<Self> {
-        let path = format!("/proc/{tid}/status");
-        let status = read_text(&path)?;
-        let leader = status
-            .lines()
-            .find_map(|line| line.strip_prefix("Tgid:"))
-            .and_then(|value| value.trim().parse().ok())
-            .ok_or_else(|| Error::Protocol {
-                what: format!("read {path}"),
-                detail: "no Tgid line".to_owned(),
-            })?;
-        Self::open(leader)
+        Self::open(process_of(tid)?)
     }
 
     /// A copy of that process' file descriptor (pidfd_getfd), close-on-exec here.
@@ -163,6 +153,20 @@ fn gone_is_false<T>(answer: Result<T>) -> Result<bool> {
         Err(error) if error.errno() == Some(libc::ESRCH) => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+/// Id of the process that thread `tid` belongs to.
+pub fn process_of(tid: u32) -> Result<u32> {
+    let path = format!("/proc/{tid}/status");
+    let status = read_text(&path)?;
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("Tgid:"))
+        .and_then(|value| value.trim().parse().ok())
+        .ok_or_else(|| Error::Protocol {
+            what: format!("read {path}"),
+            detail: "no Tgid line".to_owned(),
+        })
 }
 
 /// Sends a signal, by number, to process `pid`; 0 only checks. False when there is no such process.

@@ -112,6 +112,9 @@ pub struct SocketCounters {
     pub sockets_set: u64,
     /// Epoll instances that were given a window.
     pub epolls_given: u64,
+    /// Epoll instances that were left to sleep, since more processes than CPUs would poll.
+    #[serde(default)]
+    pub epolls_crowded: u64,
     /// Calls that ran on without what they should have been given.
     pub errors: u64,
 }

@@ -183,6 +183,7 @@ impl Container {
             Treatment {
                 window: Some(WINDOW),
                 epoll: true,
+                bounded: true,
             },
         );
         let mut spec = Spec::read(&bundle).expect("read config.json");

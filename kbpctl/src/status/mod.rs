@@ -118,8 +118,8 @@ fn render(status: &Status, counters: &[Counters], dir: &Path, verbose: bool) -> 
             lines.push(format!("window: {}", pod.busy_poll_reason));
             let done = &pod.sockets;
             lines.push(format!(
-                "sockets: {} given a window, {} epoll instances, {} trapped calls, {} of them failed",
-                done.sockets_set, done.epolls_given, done.calls_handled, done.errors
+                "sockets: {} given a window, {} epoll instances, {} more left to sleep (more processes than CPUs), {} trapped calls, {} of them failed",
+                done.sockets_set, done.epolls_given, done.epolls_crowded, done.calls_handled, done.errors
             ));
             lines.push(format!("packets: {}", packets(counters)));
             if let Some(cpuset) = &pod.cpuset {

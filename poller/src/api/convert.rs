@@ -49,6 +49,7 @@ pub fn sockets(window: &Window, counters: SocketCounters) -> api::Sockets {
         calls_handled: counters.calls_handled,
         sockets_set: counters.sockets_set,
         epolls_given: counters.epolls_given,
+        epolls_crowded: counters.epolls_crowded,
         errors: counters.errors,
     }
 }
@@ -63,6 +64,7 @@ pub fn read_sockets(message: &api::Sockets) -> (Window, SocketCounters) {
         calls_handled: message.calls_handled,
         sockets_set: message.sockets_set,
         epolls_given: message.epolls_given,
+        epolls_crowded: message.epolls_crowded,
         errors: message.errors,
     };
     (window, counters)

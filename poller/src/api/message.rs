@@ -294,6 +294,9 @@ pub struct Sockets {
     /// Calls that ran on without what they should have been given.
     #[prost(uint64, tag = "6")]
     pub errors: u64,
+    /// Epoll instances that were left to sleep, since more processes than CPUs would poll.
+    #[prost(uint64, tag = "7")]
+    pub epolls_crowded: u64,
 }
 
 /// A part that is not active.

@@ -4,6 +4,7 @@ use kbp_kernel::cpu::Topology;
 use kbp_kernel::netns::Netns;
 use kbp_kernel::{probe, syscalls};
 use kbp_poller::config::{Config, Feature};
+use kbp_poller::policy::BusyPoll;
 use kbp_poller::state::{self, Degraded, Part};
 use kbp_poller::window::{self, CpuSituation, Window};
 
@@ -124,7 +125,12 @@ impl Treated {
 }
 
 /// Installs the listener in the container's specification, which is edited but not written, where there is a window to give.
-pub(super) fn install(spec: &mut Spec, window: &Window, means: &Means<'_>) -> Treated {
+pub(super) fn install(
+    spec: &mut Spec,
+    asked: BusyPoll,
+    window: &Window,
+    means: &Means<'_>,
+) -> Treated {
     if window.micros.is_none() {
         return Treated::default();
     }
@@ -168,6 +174,7 @@ pub(super) fn install(spec: &mut Spec, window: &Window, means: &Means<'_>) -> Tr
     let treatment = Treatment {
         window: window.micros,
         epoll: means.support.epoll.is_ok(),
+        bounded: asked == BusyPoll::Auto,
     };
     Treated {
         treatment: (!merged.trapped.is_empty()).then_some(treatment),

@@ -98,6 +98,13 @@ fn treat(
                 // The kernel knows best what to say to that.
                 _ => return Ok(false),
             };
+            if treatment.bounded && call.tid != 0 && !shared.crowd.admits(call.tid) {
+                shared
+                    .counters
+                    .epolls_crowded
+                    .fetch_add(1, Ordering::Relaxed);
+                return Ok(false);
+            }
             give_epoll(listener, call, close_on_exec, window)
                 .map_err(|e| (Part::EpollBusyPoll, e))?;
             shared.counters.epolls_given.fetch_add(1, Ordering::Relaxed);

@@ -9,6 +9,7 @@
 //! ENOSYS; the notifier therefore has to live as long as any process of the pod.
 
 mod answer;
+mod crowd;
 mod handshake;
 mod home;
 pub mod node_wide;
@@ -74,6 +75,8 @@ pub struct Treatment {
     pub window: Option<Micros>,
     /// Whether epoll instances get the window too.
     pub epoll: bool,
+    /// Whether only as many processes as have CPUs are given them ([`crowd`]): so where nobody asked for this window.
+    pub bounded: bool,
 }
 
 /// Something that whoever owns the notifier may want to log or show.
@@ -111,6 +114,7 @@ struct Shared {
     metadata: String,
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
     counters: AtomicCounters,
+    crowd: crowd::Crowd,
     /// Whether [`Event::Active`] was sent and nobody has looked since.
     told_active: AtomicBool,
     events: Box<dyn Fn(Event) + Send + Sync>,
@@ -123,6 +127,7 @@ struct Container {
     /// Window in µs; 0: leave everything alone.
     window: AtomicU32,
     epoll: AtomicBool,
+    bounded: AtomicBool,
     told_degraded: [AtomicBool; 2],
 }
 
@@ -131,6 +136,7 @@ struct AtomicCounters {
     calls_handled: AtomicU64,
     sockets_set: AtomicU64,
     epolls_given: AtomicU64,
+    epolls_crowded: AtomicU64,
     errors: AtomicU64,
 }
 
@@ -172,6 +178,7 @@ impl Notifier {
                 metadata: format!("kbp {namespace}/{pod_id}"),
                 containers: Mutex::default(),
                 counters: AtomicCounters::default(),
+                crowd: crowd::Crowd::default(),
                 told_active: AtomicBool::new(false),
                 events: Box::new(events),
             }),
@@ -230,6 +237,7 @@ impl Notifier {
             calls_handled: counters.calls_handled.load(Ordering::Relaxed),
             sockets_set: counters.sockets_set.load(Ordering::Relaxed),
             epolls_given: counters.epolls_given.load(Ordering::Relaxed),
+            epolls_crowded: counters.epolls_crowded.load(Ordering::Relaxed),
             errors: counters.errors.load(Ordering::Relaxed),
         }
     }
@@ -298,6 +306,7 @@ impl Container {
             id: id.to_owned(),
             window: AtomicU32::new(0),
             epoll: AtomicBool::new(false),
+            bounded: AtomicBool::new(true),
             told_degraded: [const { AtomicBool::new(false) }; 2],
         }
     }
@@ -306,6 +315,7 @@ impl Container {
         self.window
             .store(treatment.window.map_or(0, |w| w.0), Ordering::Relaxed);
         self.epoll.store(treatment.epoll, Ordering::Relaxed);
+        self.bounded.store(treatment.bounded, Ordering::Relaxed);
     }
 
     fn treatment(&self) -> Treatment {
@@ -313,6 +323,7 @@ impl Container {
         Treatment {
             window: (window > 0).then_some(Micros(window)),
             epoll: self.epoll.load(Ordering::Relaxed),
+            bounded: self.bounded.load(Ordering::Relaxed),
         }
     }
 }

@@ -21,6 +21,7 @@ const WINDOW: Micros = Micros(37);
 const ON: Treatment = Treatment {
     window: Some(WINDOW),
     epoll: true,
+    bounded: true,
 };
 const LIMIT: Duration = Duration::from_secs(10);
 const TRAPS: [i64; 5] = [
@@ -159,6 +160,7 @@ fn bind_connect_and_listen_set_the_window_of_inet_sockets() {
             calls_handled: 6,
             sockets_set: 5,
             epolls_given: 0,
+            epolls_crowded: 0,
             errors: 0
         }
     );
@@ -233,6 +235,7 @@ fn a_container_without_a_window_is_left_alone_until_it_gets_one() {
     let pod = Pod::new(Treatment {
         window: None,
         epoll: true,
+        bounded: true,
     });
     pod.trapped(|| {
         let before = UdpSocket::bind("127.0.0.1:0").expect("bind");
@@ -253,6 +256,7 @@ fn a_container_without_a_window_is_left_alone_until_it_gets_one() {
             Treatment {
                 window: Some(WINDOW),
                 epoll: false,
+                bounded: true,
             },
         );
         let after = UdpSocket::bind("127.0.0.1:0").expect("bind");

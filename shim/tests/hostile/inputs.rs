@@ -91,6 +91,7 @@ fn pod() -> &'static Pod {
         let treatment = Treatment {
             window: None,
             epoll: true,
+            bounded: true,
         };
         notifier.admit("app", treatment);
         Pod {
