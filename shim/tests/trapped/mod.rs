@@ -18,7 +18,7 @@ pub(crate) fn notifier(dir: &std::path::Path) -> Notifier {
     let treatment = Treatment {
         window: Some(WINDOW),
         epoll: true,
-    bounded: true,
+        bounded: true,
     };
     notifier.admit("app", treatment);
     notifier
