@@ -9,10 +9,11 @@ pub use capabilities::{Capability, give_up};
 pub use parent::end_with_parent;
 pub use reap::{Exit, ExitInfo, become_subreaper, consume, peek_ended, wait_any_peek};
 pub use scheduling::{
-    Scheduling, affinity, cpu_time, last_cpu, scheduling, set_affinity, set_scheduling,
+    Scheduling, affinity, affinity_count, cpu_time, last_cpu, scheduling, set_affinity,
+    set_scheduling,
 };
 
-use std::io::IoSliceMut;
+use std::io::{IoSliceMut, Read as _, Write as _};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
@@ -155,17 +156,31 @@ fn gone_is_false<T>(answer: Result<T>) -> Result<bool> {
     }
 }
 
-/// Id of the process that thread `tid` belongs to.
+/// Id of the process that thread `tid` belongs to. Allocates nothing unless it fails: a trapped call may wait for it.
 pub fn process_of(tid: u32) -> Result<u32> {
-    let path = format!("/proc/{tid}/status");
-    let status = read_text(&path)?;
-    status
-        .lines()
-        .find_map(|line| line.strip_prefix("Tgid:"))
-        .and_then(|value| value.trim().parse().ok())
+    let what = || format!("read the Tgid of /proc/{tid}/status");
+    let failed = |source| Error::Syscall {
+        what: what(),
+        source,
+    };
+    let mut path = [0; 32];
+    let room = path.len();
+    let mut rest = &mut path[..];
+    write!(rest, "/proc/{tid}/status").map_err(failed)?;
+    let length = room - rest.len();
+    let path = std::str::from_utf8(&path[..length]).unwrap_or_default();
+    // It is the fourth line; what precedes it is shorter than this, a thread's name being 15 bytes at most.
+    let mut status = [0; 256];
+    let length = std::fs::File::open(path)
+        .and_then(|mut file| file.read(&mut status))
+        .map_err(failed)?;
+    status[..length]
+        .split(|byte| *byte == b'\n')
+        .find_map(|line| line.strip_prefix(b"Tgid:"))
+        .and_then(|value| std::str::from_utf8(value).ok()?.trim().parse().ok())
         .ok_or_else(|| Error::Protocol {
-            what: format!("read {path}"),
-            detail: "no Tgid line".to_owned(),
+            what: what(),
+            detail: "no such line".to_owned(),
         })
 }
 

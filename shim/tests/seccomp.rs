@@ -183,7 +183,7 @@ impl Container {
             Treatment {
                 window: Some(WINDOW),
                 epoll: true,
-                bounded: true,
+                bounded: false,
             },
         );
         let mut spec = Spec::read(&bundle).expect("read config.json");

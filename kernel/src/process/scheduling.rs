@@ -79,6 +79,24 @@ const MASK_WORDS: usize = 8192 / usize::BITS as usize;
 
 /// CPUs that thread `tid` may run on (0: the caller).
 pub fn affinity(tid: u32) -> Result<CpuSet> {
+    Ok(affinity_mask(tid)?
+        .iter()
+        .zip((0u32..).step_by(usize::BITS as usize))
+        .flat_map(|(word, first)| {
+            (0..usize::BITS)
+                .filter(move |bit| word >> bit & 1 == 1)
+                .map(move |bit| CpuId(first + bit))
+        })
+        .collect())
+}
+
+/// How many CPUs thread `tid` may run on (0: the caller). Allocates nothing unless it fails.
+pub fn affinity_count(tid: u32) -> Result<usize> {
+    let words = affinity_mask(tid)?;
+    Ok(words.iter().map(|word| word.count_ones() as usize).sum())
+}
+
+fn affinity_mask(tid: u32) -> Result<[usize; MASK_WORDS]> {
     let mut mask = [0usize; MASK_WORDS];
     // The bare system call, since the C type ends at 1024 CPUs.
     // SAFETY: `mask` lives through the call and its size is given.
@@ -91,15 +109,7 @@ pub fn affinity(tid: u32) -> Result<CpuSet> {
         )
     };
     check(answer, || format!("read the CPUs of thread {tid}"))?;
-    Ok(mask
-        .iter()
-        .zip((0u32..).step_by(usize::BITS as usize))
-        .flat_map(|(word, first)| {
-            (0..usize::BITS)
-                .filter(move |bit| word >> bit & 1 == 1)
-                .map(move |bit| CpuId(first + bit))
-        })
-        .collect())
+    Ok(mask)
 }
 
 /// Sets the CPUs that thread `tid` may run on (0: the caller).

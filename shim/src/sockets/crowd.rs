@@ -19,7 +19,7 @@ impl Crowd {
     /// Whether thread `tid`, which makes an epoll instance, is to have a window: counts its process from then on. A thread that
     /// cannot be asked for its process or its CPUs is gone, or will be let poll.
     pub(super) fn admits(&self, tid: u32) -> bool {
-        let (Ok(process), Ok(cpus)) = (process::process_of(tid), process::affinity(tid)) else {
+        let Ok(process) = process::process_of(tid) else {
             return true;
         };
         // A list of numbers is whole between any two operations on it.
@@ -30,11 +30,14 @@ impl Crowd {
         if processes.contains(&process) {
             return true;
         }
-        if processes.len() >= cpus.len() {
+        let Ok(cpus) = process::affinity_count(tid) else {
+            return true;
+        };
+        if processes.len() >= cpus {
             // Signal 0 only asks. A number that is another's by now counts one too many.
             processes.retain(|pid| process::kill(*pid, 0).unwrap_or(true));
         }
-        let room = processes.len() < cpus.len();
+        let room = processes.len() < cpus;
         if room {
             processes.push(process);
         }
