@@ -216,6 +216,7 @@ pub fn clear_leftovers(state_dir: &Path) -> Result<()> {
         }
         state::remove_stale(state_dir, &stale)?;
     }
+    state::sweep_unfinished(state_dir)?;
     claim::sweep(state_dir)
 }
 

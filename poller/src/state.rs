@@ -241,6 +241,34 @@ pub fn write(state_dir: &Path, state: &PodState) -> Result<()> {
     })
 }
 
+/// Removes the half-written files of processes that are gone: one that is killed in the middle of [`write`] leaves its own.
+pub(crate) fn sweep_unfinished(state_dir: &Path) -> Result<()> {
+    let pods = pods_dir(state_dir);
+    let entries = match fs::read_dir(&pods) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(source) => return Err(Error::io(format!("read {}", pods.display()), source)),
+    };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let owner = name
+            .to_str()
+            .and_then(|name| name.strip_prefix('.')?.strip_suffix(".tmp"))
+            .and_then(|name| name.rsplit_once('.')?.1.parse::<u32>().ok());
+        if owner.is_some_and(|pid| start_time(pid).is_none())
+            && let Err(source) = fs::remove_file(entry.path())
+            // Others sweep as well.
+            && source.kind() != io::ErrorKind::NotFound
+        {
+            return Err(Error::io(
+                format!("remove {}", entry.path().display()),
+                source,
+            ));
+        }
+    }
+    Ok(())
+}
+
 /// Refuses names that cannot be those of files.
 pub(crate) fn check_names(namespace: &str, id: &str) -> Result<()> {
     file_of(Path::new("/"), namespace, id).map(drop)
@@ -461,6 +489,31 @@ mod tests {
                 reason: "why".to_owned(),
             }],
         }
+    }
+
+    #[test]
+    fn half_written_files_of_the_dead_are_removed_and_no_others() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        sweep_unfinished(dir.path()).expect("nothing there");
+        let pods = pods_dir(dir.path());
+        fs::create_dir_all(&pods).expect("mkdir");
+        let mut child = std::process::Command::new("true").spawn().expect("true");
+        let dead = child.id();
+        child.wait().expect("wait");
+        let kept = [
+            format!(".a@test.{}.tmp", std::process::id()),
+            ".a@test.x.tmp".to_owned(),
+            format!("a@test.{dead}.tmp"),
+        ];
+        for name in kept.iter().chain([&format!(".a@test.{dead}.tmp")]) {
+            fs::write(pods.join(name), "").expect("write");
+        }
+        sweep_unfinished(dir.path()).expect("sweep");
+        let left: BTreeSet<String> = fs::read_dir(&pods)
+            .expect("read")
+            .map(|e| e.expect("entry").file_name().to_string_lossy().into_owned())
+            .collect();
+        assert_eq!(left, BTreeSet::from(kept));
     }
 
     fn mode(path: &Path) -> u32 {
