@@ -73,9 +73,10 @@ fn runs_out_of_memory(lab: &Lab<'_>) {
         }
     })
     .expect("subscribed");
-    // A shim looks for it from the start on, so it comes later. What is killed is a child.
-    let script = "until [ -e /tmp/go ]; do sleep 0.05; done; \
-                  head -c 200000000 /dev/zero | tail -c 100000000 | wc -c; sleep 1000";
+    // A shim looks for it from the start on, so it comes later. What is killed is the child that asks for it, and the shell needs
+    // no other child afterwards: what was killed may not have given its memory back by then.
+    let script = "sleep 1000 & until [ -e /tmp/go ]; do sleep 0.05; done; head -c 200000000 /dev/zero | \
+                  (echo 1000 >/proc/self/oom_score_adj; exec tail -c 100000000) | wc -c; wait";
     let container = lab.script("eats", script).flag("--memory-limit", LIMITED);
     lab.containerd.start_container(container).expect("start");
     std::fs::write(lab.rootfs.dir().join("tmp/go"), "").expect("write");
