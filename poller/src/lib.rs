@@ -10,6 +10,7 @@ pub mod claim;
 pub mod client;
 pub mod config;
 pub mod daemon;
+mod due;
 pub mod endpoint;
 pub mod engine;
 pub mod error;

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use kbp_kernel::CpuSet;
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::socket::{MsgFlags, recv};
@@ -22,6 +22,7 @@ use nix::sys::socket::{MsgFlags, recv};
 use crate::api::{self, UpdateRequest};
 use crate::attach::{AttachRequest, Attachment, Outcome, Terms};
 use crate::client::{Attached, Client, ClientError};
+use crate::due::timeout_until;
 use crate::engine::Engine;
 use crate::state::{Degraded, SocketCounters};
 use crate::window::Window;
@@ -241,15 +242,7 @@ impl Shared {
                 _ => None,
             };
             let look_at = notice.interval().map(|every| Instant::now() + every);
-            let timeout = match [retry_at, look_at].into_iter().flatten().min() {
-                None => PollTimeout::NONE,
-                Some(at) => at
-                    .saturating_duration_since(Instant::now())
-                    .as_micros()
-                    .div_ceil(1000)
-                    .try_into()
-                    .unwrap_or(PollTimeout::MAX),
-            };
+            let due = [retry_at, look_at].into_iter().flatten().min();
             let watched = [
                 Some(self.stop.as_fd()),
                 daemon.as_ref().map(AsFd::as_fd),
@@ -260,7 +253,7 @@ impl Shared {
                 .flatten()
                 .map(|fd| PollFd::new(*fd, PollFlags::POLLIN))
                 .collect();
-            match poll(&mut fds, timeout) {
+            match poll(&mut fds, timeout_until(due)) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => {
                     tracing::error!(%errno, "the daemon is no longer followed");

@@ -15,10 +15,11 @@ use kbp_kernel::napi::NetdevSocket;
 use kbp_kernel::netns::Netns;
 use kbp_kernel::{IfIndex, NapiId};
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::config::Config;
+use crate::due::timeout_until;
 use crate::engine::{Engine, WorkerKey};
 use crate::pace::Pace;
 use crate::place::Placing;
@@ -187,21 +188,11 @@ impl Keeping {
 
     /// Whether it is to end, and whether links have changed.
     fn wait(&self, stop: &EventFd, due: Option<Instant>) -> Result<(bool, bool), Errno> {
-        let timeout = match due {
-            None => PollTimeout::NONE,
-            // Rounded up, so that what is due is due when poll returns.
-            Some(due) => due
-                .saturating_duration_since(Instant::now())
-                .as_micros()
-                .div_ceil(1000)
-                .try_into()
-                .unwrap_or(PollTimeout::MAX),
-        };
         let mut fds = [
             PollFd::new(stop.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.events.as_fd(), PollFlags::POLLIN),
         ];
-        match poll(&mut fds, timeout) {
+        match poll(&mut fds, timeout_until(due)) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno),
         }

@@ -22,10 +22,11 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signalfd::SignalFd;
 
 use crate::config::Config;
+use crate::due::timeout_until;
 use crate::engine::Engine;
 use connection::{Connections, Http};
 use notify::Notifier;
@@ -185,16 +186,7 @@ impl Daemon<'_> {
             .chain(connections)
             .chain(readers);
         fds.extend(all.map(|(fd, flags)| PollFd::new(fd, flags)));
-        let timeout = match due {
-            None => PollTimeout::NONE,
-            Some(due) => due
-                .saturating_duration_since(Instant::now())
-                .as_micros()
-                .div_ceil(1000)
-                .try_into()
-                .unwrap_or(PollTimeout::MAX),
-        };
-        match poll(&mut fds, timeout) {
+        match poll(&mut fds, timeout_until(due)) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(DaemonError::io("wait for requests", errno)),
         }

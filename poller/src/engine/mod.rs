@@ -22,9 +22,10 @@ use kbp_kernel::IfIndex;
 use kbp_kernel::link::{LinkEvent, LinkEvents, RouteSocket};
 use kbp_kernel::netns::Netns;
 use nix::errno::Errno;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::due::timeout_until;
 use crate::state::PodState;
 use crate::{Error, Result};
 pub(crate) use latency::Latency;
@@ -257,18 +258,6 @@ impl Shared {
             kept.work(Instant::now());
         }
     }
-}
-
-/// Rounded up, so that what is due is due when the wait returns.
-fn timeout_until(due: Option<Instant>) -> EpollTimeout {
-    let Some(due) = due else {
-        return EpollTimeout::NONE;
-    };
-    due.saturating_duration_since(Instant::now())
-        .as_micros()
-        .div_ceil(1000)
-        .try_into()
-        .unwrap_or(EpollTimeout::MAX)
 }
 
 impl Kept {
