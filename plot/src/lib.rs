@@ -1,36 +1,25 @@
-//! The latency plot: for each workload the whole curve from the median to the far tail, every arm, as SVG and PNG.
+//! The latency plot: for each workload the whole curve from the median to the far tail, every arm, as SVG and PNG. Beside it, what every
+//! report of several rounds needs: their median, and one curve of all of them.
+
+mod font;
+mod rounds;
 
 use std::ops::Range;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use plotters::coord::Shift;
 use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint};
 use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
-use plotters::style::{FontStyle, register_font};
 
+pub use font::{FAMILY, register_font};
 pub use plotters::style::RGBColor;
+pub use rounds::{CurvePoint, median, over_rounds};
 
-/// Debian's fonts-dejavu-core; the bitmap needs a font, an SVG's viewer brings its own.
-const FONT: &str = "/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf";
-const FAMILY: &str = "sans-serif";
 const INK: RGBColor = RGBColor(40, 44, 52);
 const GRID: RGBColor = RGBColor(222, 224, 228);
 const SIZE: (u32, u32) = (1200, 600);
-
-/// One point of a latency curve over the rounds.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct CurvePoint {
-    /// Share of the requests that are at least this fast, 0 to 1.
-    pub quantile: f64,
-    /// The best round, µs.
-    pub low_us: f64,
-    /// The median over the rounds, µs.
-    pub median_us: f64,
-    /// The worst round, µs.
-    pub high_us: f64,
-}
 
 /// The curves of one workload.
 #[derive(Debug, Clone)]
@@ -54,15 +43,7 @@ pub struct Curve {
 
 /// Writes `latency.svg` and `latency.png` into `directory`. Needs the font of Debian's package fonts-dejavu-core.
 pub fn write(directory: &Path, title: &str, panels: &[Panel]) -> Result<()> {
-    let font = std::fs::read(FONT)
-        .with_context(|| format!("read {FONT} (Debian package fonts-dejavu-core)"))?;
-    // plotters keeps fonts for the life of the process, and this process draws once.
-    register_font(
-        FAMILY,
-        FontStyle::Normal,
-        Box::leak(font.into_boxed_slice()),
-    )
-    .map_err(|_| anyhow!("{FONT} is not a font that can be read"))?;
+    register_font()?;
     let svg = directory.join("latency.svg");
     draw(
         SVGBackend::new(&svg, SIZE).into_drawing_area(),
@@ -203,7 +184,7 @@ impl Ranged for TailAxis {
 }
 
 /// 0.9 is one nine, 0.999 three: an axis on which the tail has as much room as the middle.
-fn nines(quantile: f64) -> f64 {
+pub fn nines(quantile: f64) -> f64 {
     -(1.0 - quantile).log10()
 }
 

@@ -19,6 +19,7 @@
 //! ```
 
 pub mod apps;
+pub mod bench;
 pub mod binaries;
 pub mod command;
 pub mod containerd;

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use hdrhistogram::Histogram;
+use kbp_plot::median;
 use serde::{Deserialize, Serialize};
 
 use super::machine::Machine;
@@ -252,18 +253,6 @@ impl ArmResult {
             median(asked.iter().map(|a| a.0))?,
             median(asked.iter().map(|a| a.1))?,
         ))
-    }
-}
-
-/// The median; of an even number of values, the mean of the two in the middle. None of nothing.
-pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
-    let mut values: Vec<f64> = values.into_iter().collect();
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => None,
-        n if n % 2 == 1 => Some(values[middle]),
-        _ => Some((values[middle - 1] + values[middle]) / 2.0),
     }
 }
 

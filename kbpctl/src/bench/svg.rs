@@ -3,9 +3,9 @@
 
 use std::fmt::Write;
 
-use kbp_plot::{Curve, CurvePoint, Panel, RGBColor};
+use kbp_plot::{Curve, Panel, RGBColor, nines, over_rounds};
 
-use super::result::{ArmResult, Bench, median};
+use super::result::{ArmResult, Bench};
 
 const WIDTH: f64 = 460.0;
 const HEIGHT: f64 = 330.0;
@@ -36,10 +36,13 @@ pub(crate) fn panels(bench: &Bench) -> Vec<Panel> {
         .iter()
         .enumerate()
         .filter(|(_, arm)| !arm.histogram.is_empty())
-        .map(|(n, arm)| Curve {
-            label: arm.name.clone(),
-            colour: FILE_COLOURS[n % COLOURS],
-            points: over_rounds(arm),
+        .map(|(n, arm)| {
+            let rounds: Vec<_> = arm.rounds.iter().map(|r| &r.curve[..]).collect();
+            Curve {
+                label: arm.name.clone(),
+                colour: FILE_COLOURS[n % COLOURS],
+                points: over_rounds(&rounds),
+            }
         })
         .collect();
     if curves.is_empty() {
@@ -49,30 +52,6 @@ pub(crate) fn panels(bench: &Bench) -> Vec<Panel> {
         title: format!("{}: {} rounds", bench.workload, bench.asked.rounds),
         curves,
     }]
-}
-
-/// The curve over the rounds, at the quantiles that every round has.
-fn over_rounds(arm: &ArmResult) -> Vec<CurvePoint> {
-    let Some(first) = arm.rounds.first() else {
-        return Vec::new();
-    };
-    let quantiles = first.curve.iter().map(|p| p.0);
-    quantiles
-        .filter_map(|quantile| {
-            let at = |curve: &[(f64, f64)]| {
-                let point = curve.iter().find(|p| (p.0 - quantile).abs() < 1e-9);
-                point.map(|p| p.1)
-            };
-            let values: Option<Vec<f64>> = arm.rounds.iter().map(|r| at(&r.curve)).collect();
-            let values = values?;
-            Some(CurvePoint {
-                quantile,
-                low_us: values.iter().copied().fold(f64::INFINITY, f64::min),
-                median_us: median(values.iter().copied())?,
-                high_us: values.iter().copied().fold(0.0, f64::max),
-            })
-        })
-        .collect()
 }
 
 /// An axis: a range and its ticks.
@@ -180,11 +159,6 @@ fn chart(title: &str, x: &Axis, y: &Axis, lines: &[Line]) -> String {
         );
     }
     out + "</svg>\n"
-}
-
-/// 0.9 is one nine, 0.999 three: an axis on which the tail has as much room as the middle.
-fn nines(quantile: f64) -> f64 {
-    -(1.0 - quantile).log10()
 }
 
 /// Percentile curves: the tail on an axis of nines, times on a logarithmic one. None without latencies.

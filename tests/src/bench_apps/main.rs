@@ -3,30 +3,22 @@
 //! Both arms alternate within a round, on the same CPUs and under containerd's default seccomp profile. Medians over the rounds go to
 //! a table and to `result.json`.
 
-#[path = "../demo/cpu.rs"]
-mod cpu;
-#[path = "../demo/interrupt.rs"]
-mod interrupt;
 mod report;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use kbp_kernel::cpu::Topology;
 use kbp_tests::apps::{App, AppNode, AppPod, Figures, Guest, PORT};
+use kbp_tests::bench::cpu::{self, Placement, Relation};
+use kbp_tests::bench::in_sandbox;
 use kbp_tests::{Runtime, Sandbox, Settings};
 use serde::Serialize;
 
-use cpu::{Placement, Relation};
-use interrupt::Interrupt;
-
-/// As a shell has it for SIGINT.
-const INTERRUPTED: u8 = 130;
 /// Connections of the workload that makes a new one for each request.
 const CONNECTIONS: u32 = 10_000;
 /// Clients of the throughput figure.
@@ -108,32 +100,10 @@ type Results = BTreeMap<(Workload, u32, bool), Vec<Sample>>;
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    let sandbox = match Sandbox::new() {
-        Ok(sandbox) => Arc::new(sandbox),
-        Err(error) => {
-            eprintln!("kbp-bench-apps: {error}");
-            return ExitCode::FAILURE;
-        }
-    };
-    let interrupt = Interrupt::guard(&sandbox);
-    let outcome = match &interrupt {
-        Ok(_) => run(&options, &sandbox),
-        Err(error) => Err(anyhow::anyhow!("{error:#}")),
-    };
-    sandbox.cleanup();
-    if interrupt.is_ok_and(|i| i.came()) {
-        return ExitCode::from(INTERRUPTED);
-    }
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("\nkbp-bench-apps: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    in_sandbox("kbp-bench-apps", |sandbox, _| run(&options, sandbox))
 }
 
-fn run(options: &Options, sandbox: &Sandbox) -> Result<()> {
+fn run(options: &Options, sandbox: &Sandbox) -> Result<ExitCode> {
     std::fs::create_dir_all(&options.out)
         .with_context(|| format!("create {}", options.out.display()))?;
     let topology = Topology::read()?;
@@ -180,7 +150,7 @@ fn run(options: &Options, sandbox: &Sandbox) -> Result<()> {
             }
         }
         // What is there after each round stays when a later one is broken off.
-        report::write_json(&options.out, &results)?;
+        report::write_results(&options.out, &results)?;
     }
     println!("{}", report::table(&results));
     let relation = match place.relation {
@@ -197,7 +167,7 @@ fn run(options: &Options, sandbox: &Sandbox) -> Result<()> {
         100.0 * busiest,
         options.out.join("result.json").display()
     );
-    Ok(())
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Measures one workload under one arm, for each of its numbers of clients.

@@ -3,7 +3,8 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
+use kbp_tests::bench::write_json;
 use serde::Serialize;
 
 use crate::{MANY, Results, Sample, Workload};
@@ -33,14 +34,7 @@ struct Row<'a> {
 }
 
 fn median(samples: &[Sample], of: impl Fn(&Sample) -> f64) -> f64 {
-    let mut values: Vec<f64> = samples.iter().map(of).collect();
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => f64::NAN,
-        n if n % 2 == 1 => values[middle],
-        _ => (values[middle - 1] + values[middle]) / 2.0,
-    }
+    kbp_plot::median(samples.iter().map(of)).unwrap_or(f64::NAN)
 }
 
 fn medians(samples: &[Sample]) -> Medians {
@@ -55,7 +49,7 @@ fn medians(samples: &[Sample]) -> Medians {
 }
 
 /// Writes `result.json`: medians and every round.
-pub(crate) fn write_json(directory: &Path, results: &Results) -> Result<()> {
+pub(crate) fn write_results(directory: &Path, results: &Results) -> Result<()> {
     let rows: Vec<Row<'_>> = results
         .iter()
         .map(|((workload, clients, kbp), samples)| Row {
@@ -66,9 +60,7 @@ pub(crate) fn write_json(directory: &Path, results: &Results) -> Result<()> {
             rounds: samples,
         })
         .collect();
-    let path = directory.join("result.json");
-    let text = serde_json::to_string_pretty(&rows).context("write JSON")? + "\n";
-    std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))
+    write_json(&directory.join("result.json"), &rows)
 }
 
 /// What is promised of a workload: whether it is kept, by its ratios kbp / stock.

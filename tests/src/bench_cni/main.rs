@@ -11,17 +11,15 @@ mod stats;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 use clap::Parser;
 use kbp_kernel::netns::Netns;
 use kbp_tests::Sandbox;
+use kbp_tests::bench::{Interrupt, Machine, Rounds, in_sandbox, write_json};
 use kbp_tests::binaries::kbp_binary;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use node::{Node, Plugins, Pod};
 use plugin::{Arm, Variant, config};
@@ -30,8 +28,6 @@ use stats::Summary;
 
 /// How many calls at once are measured.
 const AT_ONCE: usize = 30;
-/// As a shell has it for SIGINT.
-const INTERRUPTED: u8 = 130;
 /// After this time no further round begins; the longest takes some ten seconds.
 const LIMIT: Duration = Duration::from_secs(200);
 
@@ -83,26 +79,13 @@ const QUICK: Amount = Amount {
 };
 
 fn main() -> ExitCode {
-    let interrupted = Arc::new(AtomicBool::new(false));
-    let outcome = run(&Options::parse(), &interrupted);
-    if interrupted.load(Ordering::SeqCst) {
-        eprintln!("kbp-bench-cni: interrupted; everything it made is removed");
-        return ExitCode::from(INTERRUPTED);
-    }
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("kbp-bench-cni: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    let options = Options::parse();
+    in_sandbox("kbp-bench-cni", |sandbox, interrupt| {
+        run(&options, sandbox, interrupt)
+    })
 }
 
-fn run(options: &Options, interrupted: &Arc<AtomicBool>) -> Result<()> {
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
-        signal_hook::flag::register(signal, Arc::clone(interrupted))
-            .context("take over SIGINT, SIGTERM and SIGHUP")?;
-    }
+fn run(options: &Options, sandbox: &Sandbox, interrupt: &Interrupt) -> Result<ExitCode> {
     // A file descriptor holds each pod.
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
@@ -112,7 +95,6 @@ fn run(options: &Options, interrupted: &Arc<AtomicBool>) -> Result<()> {
         None => kbp_binary("kbp")?,
     };
     let plugins = Plugins::find(kbp)?;
-    let sandbox = Sandbox::new()?;
     let bench = Bench {
         amount: if options.quick { QUICK } else { WHOLE },
         node: Node::new(
@@ -121,17 +103,10 @@ fn run(options: &Options, interrupted: &Arc<AtomicBool>) -> Result<()> {
             sandbox.dir().join("leases"),
         ),
         pods: Pod::several("pod", AT_ONCE)?,
-        interrupted,
-        begun: Instant::now(),
+        turns: Rounds::new(interrupt, LIMIT),
     };
     let mut report = Report {
-        kernel: read("/proc/sys/kernel/osrelease")?,
-        cpus: std::thread::available_parallelism()?.get(),
-        load: read("/proc/loadavg")?
-            .split(' ')
-            .next()
-            .unwrap_or_default()
-            .parse()?,
+        machine: Machine::read()?,
         ..Report::default()
     };
     report.start_only = bench.start_only()?;
@@ -157,18 +132,9 @@ fn run(options: &Options, interrupted: &Arc<AtomicBool>) -> Result<()> {
     report.scale = bench.scale(&plugins, sandbox.dir())?;
     let text = report.text();
     println!("{text}");
-    if let Some(dir) = options.out.parent() {
-        std::fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
-    }
-    std::fs::write(&options.out, serde_json::to_vec_pretty(&report)?)
-        .with_context(|| format!("write {}", options.out.display()))?;
+    write_json(&options.out, &report)?;
     println!("figures: {}", options.out.display());
-    Ok(())
-}
-
-fn read(path: &str) -> Result<String> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("read {path}"))?;
-    Ok(text.trim().to_owned())
+    Ok(ExitCode::SUCCESS)
 }
 
 /// The measurements.
@@ -177,19 +143,10 @@ struct Bench<'a> {
     amount: Amount,
     node: Node,
     pods: Vec<Pod>,
-    interrupted: &'a AtomicBool,
-    begun: Instant,
+    turns: Rounds<'a>,
 }
 
 impl Bench<'_> {
-    /// Whether a further round may begin. The first one always does.
-    fn goes_on(&self, round: usize) -> Result<bool> {
-        if self.interrupted.load(Ordering::SeqCst) {
-            bail!("interrupted");
-        }
-        Ok(round == 0 || self.begun.elapsed() < LIMIT)
-    }
-
     fn start_only(&self) -> Result<Option<Summary>> {
         let config = serde_json::json!({});
         let mut took = Vec::new();
@@ -215,7 +172,7 @@ impl Bench<'_> {
             eprintln!("{family}, own work, {at_once} at once");
             let mut took = Vec::new();
             for round in 0..rounds {
-                if !self.goes_on(round)? {
+                if !self.turns.goes_on(round)? {
                     break;
                 }
                 took.extend(match pods {
@@ -268,13 +225,13 @@ impl Bench<'_> {
         eprintln!("{}{masquerade}, {} at once", variant.family(), pods.len());
         let mut took: BTreeMap<(Arm, &'static str), Vec<Duration>> = BTreeMap::new();
         for round in 0..rounds {
-            if !self.goes_on(round)? {
+            if !self.turns.goes_on(round)? {
                 break;
             }
             let mut arms = Arm::ALL;
             arms.rotate_left(round % Arm::ALL.len());
             for arm in arms {
-                self.goes_on(0)?;
+                self.turns.check()?;
                 let config = config(arm, variant, self.node.leases());
                 for verb in ["ADD", "DEL"] {
                     let calls = self.node.call_all(arm, verb, pods, &config)?;
@@ -312,14 +269,14 @@ impl Bench<'_> {
             let config = config(Arm::KbpLocal, variant, node.leases());
             let pods = Pod::several("existing", count)?;
             for pod in &pods {
-                self.goes_on(0)?;
+                self.turns.check()?;
                 node.call(Arm::KbpLocal, "ADD", pod, &config)?;
             }
             nodes.push((count, node, config, pods, Vec::new()));
         }
         let pod = &self.pods[0];
         for round in 0..self.amount.scale {
-            if !self.goes_on(round)? {
+            if !self.turns.goes_on(round)? {
                 break;
             }
             for (_, node, config, _, took) in &mut nodes {

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use kbp_tests::bench::Machine;
 use serde::Serialize;
 
 use crate::plugin::{Arm, Variant};
@@ -31,10 +32,8 @@ pub(crate) struct Scale {
 /// Everything that was measured.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct Report {
-    pub(crate) kernel: String,
-    pub(crate) cpus: usize,
-    /// Load average of the last minute when it began.
-    pub(crate) load: f64,
+    #[serde(flatten)]
+    pub(crate) machine: Machine,
     /// Start and end of a kbp that does nothing (VERSION): part of every figure of kbp.
     pub(crate) start_only: Option<Summary>,
     pub(crate) calls: Vec<Row>,
@@ -48,7 +47,7 @@ impl Report {
     pub(crate) fn text(&self) -> String {
         let mut text = format!(
             "CNI calls in milliseconds, process start included. Linux {}, {} CPUs, load {:.2} at the start\n\n",
-            self.kernel, self.cpus, self.load
+            self.machine.kernel, self.machine.cpus, self.machine.load
         );
         let _ = writeln!(
             text,

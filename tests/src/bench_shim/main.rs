@@ -10,21 +10,17 @@ mod report;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 use clap::{Parser, ValueEnum};
+use kbp_tests::bench::{Interrupt, Machine, Rounds, in_sandbox, write_json};
 use kbp_tests::{Containerd, Generation, Network, Pod, Rootfs, Run, Runtime, Sandbox, Tasks};
 use serde::Serialize;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use phases::Phases;
 use report::{Quantiles, Report, Scale};
 
-/// As a shell has it for SIGINT.
-const INTERRUPTED: u8 = 130;
 /// After this time no further round begins.
 const LIMIT: Duration = Duration::from_secs(240);
 
@@ -96,26 +92,13 @@ impl Arm {
 }
 
 fn main() -> ExitCode {
-    let interrupted = Arc::new(AtomicBool::new(false));
-    let outcome = run(&Options::parse(), &interrupted);
-    if interrupted.load(Ordering::SeqCst) {
-        eprintln!("kbp-bench-shim: interrupted; everything it made is removed");
-        return ExitCode::from(INTERRUPTED);
-    }
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("kbp-bench-shim: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    let options = Options::parse();
+    in_sandbox("kbp-bench-shim", |sandbox, interrupt| {
+        run(&options, sandbox, interrupt)
+    })
 }
 
-fn run(options: &Options, interrupted: &Arc<AtomicBool>) -> Result<()> {
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
-        signal_hook::flag::register(signal, Arc::clone(interrupted))
-            .context("take over SIGINT, SIGTERM and SIGHUP")?;
-    }
+fn run(options: &Options, sandbox: &Sandbox, interrupt: &Interrupt) -> Result<ExitCode> {
     let (rounds, pods) = match options.quick {
         true => (3, 3),
         false => (options.rounds as usize, options.pods as usize),
@@ -125,17 +108,12 @@ fn run(options: &Options, interrupted: &Arc<AtomicBool>) -> Result<()> {
         Version::V1_7 => Generation::V1_7,
         Version::V2 => Generation::V2,
     };
-    let load = read("/proc/loadavg")?
-        .split(' ')
-        .next()
-        .unwrap_or_default()
-        .parse()?;
-    let sandbox = Sandbox::new()?;
+    let machine = Machine::read()?;
     let rootfs = Rootfs::busybox(&sandbox.dir().join("rootfs"))?;
-    let containerd = Containerd::start(&sandbox, generation)?;
-    let network = Network::kbp(&sandbox);
+    let containerd = Containerd::start(sandbox, generation)?;
+    let network = Network::kbp(sandbox);
     let networks = (0..pods)
-        .map(|n| Pod::new(&sandbox, &format!("pod{n}"), &network))
+        .map(|n| Pod::new(sandbox, &format!("pod{n}"), &network))
         .collect::<kbp_tests::Result<Vec<_>>>()?;
     let bench = Bench {
         tasks: Tasks::of(&containerd),
@@ -143,8 +121,7 @@ fn run(options: &Options, interrupted: &Arc<AtomicBool>) -> Result<()> {
         rootfs: &rootfs,
         pods: &networks,
         rounds,
-        interrupted,
-        begun: Instant::now(),
+        turns: Rounds::new(interrupt, LIMIT),
     };
     let version = containerd.ctr(["version"])?.success()?.stdout;
     let version = version.lines().find_map(|l| {
@@ -152,25 +129,14 @@ fn run(options: &Options, interrupted: &Arc<AtomicBool>) -> Result<()> {
         (name == "Version").then(|| value.trim().to_owned())
     });
     let report = Report {
-        kernel: read("/proc/sys/kernel/osrelease")?,
-        cpus: std::thread::available_parallelism()?.get(),
-        load,
+        machine,
         containerd: version.unwrap_or_default(),
         scales: vec![bench.scale(1)?, bench.scale(pods)?],
     };
     println!("{}", report.text());
-    if let Some(dir) = options.out.parent() {
-        std::fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
-    }
-    std::fs::write(&options.out, serde_json::to_vec_pretty(&report)?)
-        .with_context(|| format!("write {}", options.out.display()))?;
+    write_json(&options.out, &report)?;
     println!("figures: {}", options.out.display());
-    Ok(())
-}
-
-fn read(path: &str) -> Result<String> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("read {path}"))?;
-    Ok(text.trim().to_owned())
+    Ok(ExitCode::SUCCESS)
 }
 
 /// The measurements.
@@ -180,19 +146,10 @@ struct Bench<'a> {
     rootfs: &'a Rootfs,
     pods: &'a [Pod<'a>],
     rounds: usize,
-    interrupted: &'a AtomicBool,
-    begun: Instant,
+    turns: Rounds<'a>,
 }
 
 impl Bench<'_> {
-    /// Whether a further round may begin. The first one always does.
-    fn goes_on(&self, round: usize) -> Result<bool> {
-        if self.interrupted.load(Ordering::SeqCst) {
-            bail!("interrupted");
-        }
-        Ok(round == 0 || self.begun.elapsed() < LIMIT)
-    }
-
     /// A container of an arm in a pod's network.
     fn make(&self, arm: Arm, id: &str, pod: &Pod<'_>, command: &[&str]) -> Result<()> {
         let run = Run::new(id, self.rootfs, command.iter().copied())
@@ -216,7 +173,7 @@ impl Bench<'_> {
         let mut sleeping = Vec::new();
         for (n, pod) in self.pods.iter().take(pods).enumerate() {
             for arm in Arm::ALL {
-                self.goes_on(0)?;
+                self.turns.check()?;
                 let id = format!("{}{n}", arm.prefix());
                 self.make(arm, &id, pod, &["sleep", "100000"])?;
                 let pid = self.tasks.create(&id)?;
@@ -248,13 +205,13 @@ impl Bench<'_> {
             self.make(arm, &format!("{}t", arm.prefix()), &self.pods[0], &["true"])?;
         }
         for round in 0..self.rounds {
-            if !self.goes_on(round)? {
+            if !self.turns.goes_on(round)? {
                 break;
             }
             for turn in 0..took.len() {
                 let at = (round + turn) % took.len();
                 let (arm, took) = &mut took[at];
-                self.goes_on(0)?;
+                self.turns.check()?;
                 took.push(Phases::of(&self.tasks, &format!("{}t", arm.prefix()))?);
             }
         }

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
+use kbp_tests::bench::Machine;
 use serde::Serialize;
 
 use crate::Arm;
@@ -107,11 +108,9 @@ impl Scale {
 /// Everything that was measured.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
-    pub(crate) kernel: String,
+    #[serde(flatten)]
+    pub(crate) machine: Machine,
     pub(crate) containerd: String,
-    pub(crate) cpus: usize,
-    /// Load average of the last minute when it began.
-    pub(crate) load: f64,
     pub(crate) scales: Vec<Scale>,
 }
 
@@ -121,7 +120,7 @@ impl Report {
         let mut text = format!(
             "shims: memory of one whose container sleeps, in KiB, and milliseconds of `true`; medians.\n\
              Linux {}, containerd {}, {} CPUs, load {:.2} at the start\n\n",
-            self.kernel, self.containerd, self.cpus, self.load
+            self.machine.kernel, self.containerd, self.machine.cpus, self.machine.load
         );
         let _ = writeln!(
             text,
@@ -242,10 +241,8 @@ mod tests {
             (60.0, 90.0)
         );
         let report = Report {
-            kernel: String::new(),
+            machine: Machine::default(),
             containerd: String::new(),
-            cpus: 1,
-            load: 0.0,
             scales: vec![scale],
         };
         let ratios: Vec<f64> = report.ratios().into_iter().map(|(_, r)| r).collect();

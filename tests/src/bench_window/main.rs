@@ -5,17 +5,12 @@
 //! stock runtime and kbp with each window. Every measurement is kept in `raw.jsonl` at once, and what is there is not measured again: a
 //! run that was broken off goes on where it was.
 
-#[path = "../demo/cpu.rs"]
-mod cpu;
-#[path = "../demo/interrupt.rs"]
-mod interrupt;
 mod plot;
 mod record;
 mod report;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -23,14 +18,12 @@ use clap::Parser;
 use kbp_kernel::CpuId;
 use kbp_kernel::cpu::Topology;
 use kbp_tests::apps::{AppNode, AppPod, Guest};
+use kbp_tests::bench::{cpu, in_sandbox};
 use kbp_tests::{Runtime, Sandbox, Settings};
 use serde_json::Value;
 
-use interrupt::Interrupt;
 use record::{Key, Record, Records, Situation};
 
-/// As a shell has it for SIGINT.
-const INTERRUPTED: u8 = 130;
 const PORT: u16 = 7;
 /// The name of the arm without kbp.
 const STOCK: &str = "stock";
@@ -79,32 +72,10 @@ struct Options {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    let sandbox = match Sandbox::new() {
-        Ok(sandbox) => Arc::new(sandbox),
-        Err(error) => {
-            eprintln!("kbp-bench-window: {error}");
-            return ExitCode::FAILURE;
-        }
-    };
-    let interrupt = Interrupt::guard(&sandbox);
-    let outcome = match &interrupt {
-        Ok(_) => run(&options, &sandbox),
-        Err(error) => Err(anyhow::anyhow!("{error:#}")),
-    };
-    sandbox.cleanup();
-    if interrupt.is_ok_and(|i| i.came()) {
-        return ExitCode::from(INTERRUPTED);
-    }
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("\nkbp-bench-window: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    in_sandbox("kbp-bench-window", |sandbox, _| run(&options, sandbox))
 }
 
-fn run(options: &Options, sandbox: &Sandbox) -> Result<()> {
+fn run(options: &Options, sandbox: &Sandbox) -> Result<ExitCode> {
     let mut records = Records::open(&options.out)?;
     let topology = Topology::read()?;
     let place = cpu::place(&topology)?;
@@ -134,7 +105,7 @@ fn run(options: &Options, sandbox: &Sandbox) -> Result<()> {
     }
     let tables = report::tables(&records);
     println!("{tables}");
-    report::write_json(&options.out, &records)?;
+    report::write_results(&options.out, &records)?;
     plot::write(&options.out, &records)?;
     println!(
         "Medians over the rounds; client on CPU {}, server on CPU {} where pinned ({:?}); other work took {:.0} % of the CPU time before the start.\nWritten: raw.jsonl, result.json, window.svg and window.png in {}",
@@ -144,7 +115,7 @@ fn run(options: &Options, sandbox: &Sandbox) -> Result<()> {
         100.0 * busy,
         options.out.display()
     );
-    Ok(())
+    Ok(ExitCode::SUCCESS)
 }
 
 struct Bench<'a, 's> {

@@ -3,16 +3,13 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
+use kbp_plot::{FAMILY, register_font};
 use plotters::coord::Shift;
 use plotters::prelude::*;
-use plotters::style::{FontStyle, register_font};
 
 use crate::record::{Arm, Records, Situation, median};
 
-/// Debian's fonts-dejavu-core; the bitmap needs a font, an SVG's viewer brings its own.
-const FONT: &str = "/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf";
-const FAMILY: &str = "sans-serif";
 const SIZE: (u32, u32) = (1500, 900);
 /// Pauses are drawn on a logarithmic axis, which has no zero.
 const ZERO_US: f64 = 10.0;
@@ -30,15 +27,7 @@ const COLOURS: [RGBColor; 8] = [
 
 /// Writes `window.svg` and `window.png`.
 pub(crate) fn write(directory: &Path, records: &Records) -> Result<()> {
-    let font = std::fs::read(FONT)
-        .with_context(|| format!("read {FONT} (Debian package fonts-dejavu-core)"))?;
-    // plotters keeps fonts for the life of the process, and this process draws once.
-    register_font(
-        FAMILY,
-        FontStyle::Normal,
-        Box::leak(font.into_boxed_slice()),
-    )
-    .map_err(|_| anyhow!("{FONT} is not a font that can be read"))?;
+    register_font()?;
     let svg = directory.join("window.svg");
     draw(SVGBackend::new(&svg, SIZE).into_drawing_area(), records)
         .with_context(|| format!("draw {}", svg.display()))?;

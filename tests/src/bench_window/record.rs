@@ -175,14 +175,7 @@ impl Arm {
 
 /// The median of what `of` picks.
 pub(crate) fn median(records: &[&Record], of: impl Fn(&Record) -> f64) -> f64 {
-    let mut values: Vec<f64> = records.iter().map(|r| of(r)).collect();
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => f64::NAN,
-        n if n % 2 == 1 => values[middle],
-        _ => (values[middle - 1] + values[middle]) / 2.0,
-    }
+    kbp_plot::median(records.iter().map(|r| of(r))).unwrap_or(f64::NAN)
 }
 
 /// In how many periods the quota of a process' cgroup has stopped it so far; 0 without a quota.

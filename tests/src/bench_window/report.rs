@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
+use kbp_tests::bench::write_json;
 use serde_json::json;
 
 use crate::record::{Arm, Records, Situation, median};
@@ -62,7 +63,7 @@ pub(crate) fn tables(records: &Records) -> String {
 }
 
 /// Writes `result.json`: a row a situation, arm and pause, with its ratios to stock.
-pub(crate) fn write_json(directory: &Path, records: &Records) -> Result<()> {
+pub(crate) fn write_results(directory: &Path, records: &Records) -> Result<()> {
     let groups = records.groups();
     let stock: BTreeMap<(Situation, u32), (f64, f64)> = groups
         .iter()
@@ -87,7 +88,5 @@ pub(crate) fn write_json(directory: &Path, records: &Records) -> Result<()> {
             })
         })
         .collect();
-    let path = directory.join("result.json");
-    let text = serde_json::to_string_pretty(&rows).context("write JSON")? + "\n";
-    std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))
+    write_json(&directory.join("result.json"), &rows)
 }

@@ -3,11 +3,8 @@
 //! It starts a containerd of its own in a private network and mount namespace, builds an image from the machine's own binaries, and
 //! measures pairs of containers in alternating rounds. All of it is gone when it ends, however it ends.
 
-mod cpu;
-mod interrupt;
 mod node;
 mod output;
-
 mod progress;
 mod report;
 mod stats;
@@ -16,7 +13,6 @@ mod workload;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -24,9 +20,10 @@ use clap::Parser;
 use kbp_kernel::cpu::Topology;
 use kbp_plot::RGBColor;
 use kbp_tests::Sandbox;
+use kbp_tests::bench::cpu::{self, Placement, Relation};
+use kbp_tests::bench::machine::cpu_model;
+use kbp_tests::bench::{self, Machine};
 
-use cpu::{Placement, Relation};
-use interrupt::Interrupt;
 use node::{Arm, Node};
 use progress::{Progress, human};
 use stats::{LatencyRow, ThroughputRow};
@@ -34,8 +31,6 @@ use workload::{Sample, Workload};
 
 const STOCK_COLOUR: RGBColor = RGBColor(200, 86, 52);
 const KBP_COLOUR: RGBColor = RGBColor(38, 96, 164);
-/// As a shell has it for SIGINT.
-const INTERRUPTED: u8 = 130;
 
 /// Compares containers under the stock runtime with the same containers under kbp.
 #[derive(Debug, Parser)]
@@ -68,31 +63,7 @@ struct Results {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    let sandbox = match Sandbox::new() {
-        Ok(sandbox) => Arc::new(sandbox),
-        Err(error) => {
-            eprintln!("kbp-demo: {error}");
-            return ExitCode::FAILURE;
-        }
-    };
-    let interrupt = Interrupt::guard(&sandbox);
-    let outcome = match &interrupt {
-        Ok(_) => run(&options, &sandbox),
-        Err(error) => Err(anyhow::anyhow!("{error:#}")),
-    };
-    // The signal thread holds the sandbox too, so that its end does not depend on who drops it last.
-    sandbox.cleanup();
-    if interrupt.is_ok_and(|i| i.came()) {
-        eprintln!("kbp-demo: interrupted; everything it made is removed");
-        return ExitCode::from(INTERRUPTED);
-    }
-    match outcome {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("\nkbp-demo: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    bench::in_sandbox("kbp-demo", |sandbox, _| run(&options, sandbox))
 }
 
 fn run(options: &Options, sandbox: &Sandbox) -> Result<ExitCode> {
@@ -109,15 +80,20 @@ fn run(options: &Options, sandbox: &Sandbox) -> Result<ExitCode> {
         describe_other_work(before)
     );
     let node = Node::start(sandbox)?;
-    let environment = format!("{}, {}, {}", kernel()?, cpu_model(), node.versions()?);
+    let environment = format!(
+        "Linux {}, {cpus} CPUs ({}), {}",
+        Machine::read()?.kernel,
+        cpu_model(),
+        node.versions()?
+    );
     let results = measure(options, &node, place, cpus)?;
     drop(node);
     let other_work = describe_other_work(results.other_work.max(before));
 
     let latency = rows(&results.latency, LatencyRow::of);
     let throughput = rows(&results.throughput, ThroughputRow::of);
-    report::write_json(&options.out.join("result.json"), &latency)?;
-    report::write_json(&options.out.join("throughput.json"), &throughput)?;
+    bench::write_json(&options.out.join("result.json"), &latency)?;
+    bench::write_json(&options.out.join("throughput.json"), &throughput)?;
     let title = format!(
         "Round trip between two containers of one node: median of {} rounds, band from the best to the worst",
         options.rounds
@@ -212,10 +188,11 @@ fn panels(results: &Results) -> Vec<kbp_plot::Panel> {
     let panel = |workload: Workload| {
         let curve = |(arm, colour): (Arm, RGBColor)| {
             let samples = results.latency.get(&(workload, arm))?;
+            let rounds: Vec<_> = samples.iter().map(|s| &s.latency.curve[..]).collect();
             Some(kbp_plot::Curve {
                 label: arm.name().to_owned(),
                 colour,
-                points: stats::curve(samples),
+                points: kbp_plot::over_rounds(&rounds),
             })
         };
         let curves: Vec<_> = [(Arm::Stock, STOCK_COLOUR), (Arm::Kbp, KBP_COLOUR)]
@@ -280,25 +257,4 @@ fn written(out: &Path, elapsed: Duration) -> String {
     ]
     .map(|name| out.join(name).display().to_string());
     format!("Written in {}: {}", human(elapsed), files.join(", "))
-}
-
-fn kernel() -> Result<String> {
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease")
-        .context("read /proc/sys/kernel/osrelease")?;
-    Ok(format!("Linux {}", release.trim()))
-}
-
-/// The model as the kernel names it; some architectures have none.
-fn cpu_model() -> String {
-    let cpus = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let models: Vec<&str> = cpus
-        .lines()
-        .filter(|l| l.starts_with("model name"))
-        .filter_map(|l| l.split(':').nth(1))
-        .collect();
-    let count = cpus.lines().filter(|l| l.starts_with("processor")).count();
-    format!(
-        "{count} CPUs ({})",
-        models.first().map_or("no model name", |m| m.trim())
-    )
 }

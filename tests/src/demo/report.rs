@@ -1,19 +1,8 @@
-//! The tables, as Markdown that is also fit to be read on a terminal, and the JSON files.
+//! The tables, as Markdown that is also fit to be read on a terminal, and what is in the JSON files.
 
 use std::fmt::Write as _;
-use std::path::Path;
-
-use anyhow::{Context, Result};
-use serde::Serialize;
 
 use crate::stats::{LatencyRow, ThroughputRow};
-
-/// Writes `rows` as a JSON array.
-pub(crate) fn write_json<T: Serialize>(path: &Path, rows: &[T]) -> Result<()> {
-    let mut text = serde_json::to_string_pretty(rows).context("write JSON")?;
-    text.push('\n');
-    std::fs::write(path, text).with_context(|| format!("write {}", path.display()))
-}
 
 /// The latency table: a row an arm, and for each workload that has both arms their ratio.
 pub(crate) fn latency_table(rows: &[LatencyRow]) -> String {
@@ -202,7 +191,8 @@ mod tests {
     fn result_json_has_exactly_the_promised_keys() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("result.json");
-        write_json(&path, &[row("stock", 80.0), row("kbp", 20.0)]).expect("write");
+        kbp_tests::bench::write_json(&path, &[row("stock", 80.0), row("kbp", 20.0)])
+            .expect("write");
         let text = std::fs::read_to_string(&path).expect("read");
         let rows: Vec<serde_json::Map<String, serde_json::Value>> =
             serde_json::from_str(&text).expect("JSON");

@@ -1,8 +1,8 @@
 //! The pairs of unmodified programs, and one measurement of one of them under one arm.
 
 use anyhow::{Context, Result};
+use kbp_tests::bench::cpu::{Placement, busy_seconds};
 
-use crate::cpu::{Placement, busy_seconds};
 use crate::node::{Arm, Container, Node, Pod, inactive_parts};
 use crate::output;
 use crate::stats::{Latency, LatencySample, ThroughputSample};

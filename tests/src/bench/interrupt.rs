@@ -3,14 +3,14 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
+use crate::Sandbox;
 use anyhow::{Context, Result};
-use kbp_tests::Sandbox;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-/// Whether a signal asked the demo to stop, and whether that is done.
+/// Whether a signal asked the program to stop, and whether that is done.
 #[derive(Debug, Default)]
-pub(crate) struct Interrupt {
+pub struct Interrupt {
     came: AtomicBool,
     cleaned: Mutex<bool>,
     changed: Condvar,
@@ -19,7 +19,7 @@ pub(crate) struct Interrupt {
 impl Interrupt {
     /// Takes SIGINT, SIGTERM and SIGHUP over for the whole process: the first removes the sandbox with everything in it, which also
     /// ends whatever the main thread waits for.
-    pub(crate) fn guard(sandbox: &Arc<Sandbox>) -> Result<Arc<Self>> {
+    pub fn guard(sandbox: &Arc<Sandbox>) -> Result<Arc<Self>> {
         let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])
             .context("take over SIGINT, SIGTERM and SIGHUP")?;
         let interrupt = Arc::new(Self::default());
@@ -48,7 +48,7 @@ impl Interrupt {
     }
 
     /// Whether a signal came; returns only after the clean-up that it started.
-    pub(crate) fn came(&self) -> bool {
+    pub fn came(&self) -> bool {
         if !self.came.load(Ordering::SeqCst) {
             return false;
         }

@@ -10,13 +10,13 @@ use kbp_kernel::cpu::Topology;
 const TICKS_PER_SECOND: f64 = 100.0;
 
 /// Busy seconds of all CPUs together since boot: everything but idle, waiting for I/O and what a hypervisor took.
-pub(crate) fn busy_seconds() -> Result<f64> {
+pub fn busy_seconds() -> Result<f64> {
     let stat = std::fs::read_to_string("/proc/stat").context("read /proc/stat")?;
     busy_ticks(&stat).map(|ticks| ticks as f64 / TICKS_PER_SECOND)
 }
 
 /// Share of all CPU time that other work takes at this moment, watched for a second; 0 to 1.
-pub(crate) fn other_work(cpus: usize) -> Result<f64> {
+pub fn other_work(cpus: usize) -> Result<f64> {
     const WATCH: Duration = Duration::from_secs(1);
     let before = busy_seconds()?;
     // Not to await anything: the second is what is measured.
@@ -39,18 +39,18 @@ fn busy_ticks(stat: &str) -> Result<u64> {
 
 /// Where the server and the client run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Placement {
+pub struct Placement {
     /// The client's CPU.
-    pub(crate) client: CpuId,
+    pub client: CpuId,
     /// The server's CPU.
-    pub(crate) server: CpuId,
+    pub server: CpuId,
     /// How the two are related, for the report where it is not as it should be.
-    pub(crate) relation: Relation,
+    pub relation: Relation,
 }
 
 /// How two CPUs are related.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Relation {
+pub enum Relation {
     /// Different cores.
     Cores,
     /// Two hardware threads of one core.
@@ -60,7 +60,7 @@ pub(crate) enum Relation {
 }
 
 /// The first CPU for the client, the first on another core for the server; threads of one core or one CPU where there is no other.
-pub(crate) fn place(topology: &Topology) -> Result<Placement> {
+pub fn place(topology: &Topology) -> Result<Placement> {
     let cpus: Vec<CpuId> = topology.online.iter().collect();
     let client = *cpus.first().context("no CPU is online")?;
     let siblings = topology.siblings(client)?;
