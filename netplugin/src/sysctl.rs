@@ -114,6 +114,17 @@ pub(crate) fn refuse_router_advertisements(link: &str) -> Result<()> {
     }
 }
 
+/// Switches IPv6 off for a link that is to have no IPv6 address. One that has it gets routes with its link-local address,
+/// and at each change of a link the kernel goes through the IPv6 routes of all (fib6_clean_all in net/ipv6/ip6_fib.c).
+/// On a kernel without IPv6 there is nothing to do.
+pub(crate) fn disable_v6(link: &str) -> Result<()> {
+    let path = conf_v6(link, "disable_ipv6");
+    match fs::write(&path, "1") {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(io("write 1 to", &path, &error)),
+        _ => Ok(()),
+    }
+}
+
 /// Switches IPv6 on for a link; runtimes switch it off for new namespaces.
 pub(crate) fn enable_v6(link: &str) -> Result<()> {
     ensure(&conf_v6(link, "disable_ipv6"), "0")

@@ -121,6 +121,7 @@ pub(crate) fn refuse_existing(
 }
 
 /// Creates the pair, each end in its namespace, both up and pollable, the host end on a bridge where `port` is given.
+/// Without `host_v6` IPv6 is off at the host end.
 pub(crate) fn create(
     host: &mut Side,
     pod: &mut Side,
@@ -128,6 +129,7 @@ pub(crate) fn create(
     options: &Options,
     mtu: Mtu,
     port: Option<Port>,
+    host_v6: bool,
 ) -> Result<Pair> {
     let host_name = attachment.host_end();
     let pod_mac = options.mac.unwrap_or_else(|| attachment.pod_mac());
@@ -168,6 +170,9 @@ pub(crate) fn create(
         // Before the port is up: not a frame of the pod gets into another VLAN.
         if let Some(vlan) = port.and_then(|port| port.vlan) {
             join_vlan(host, pair.host.index, vlan)?;
+        }
+        if !host_v6 {
+            sysctl::disable_v6(&pair.host.name)?;
         }
         set_up(host, pod, &pair, options)?;
         Ok(pair)
@@ -227,9 +232,8 @@ fn join_vlan(host: &mut Side, port: IfIndex, vlan: VlanId) -> Result<()> {
     }
 }
 
-/// Switches IPv6 on at both ends; runtimes switch it off for new namespaces.
+/// Switches IPv6 on in the pod; runtimes switch it off for new namespaces.
 pub(crate) fn enable_v6(pod: &Side, pair: &Pair) -> Result<()> {
-    sysctl::enable_v6(&pair.host.name)?;
     pod.netns
         .run(|| sysctl::enable_v6("lo").and_then(|()| sysctl::enable_v6(&pair.pod.name)))?
 }

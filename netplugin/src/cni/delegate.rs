@@ -89,11 +89,40 @@ pub(crate) enum Leasing<'a> {
     Running(&'a Plugin<'a>, Running),
 }
 
-impl Leasing<'_> {
+/// Addresses that are leased as far as can be told.
+#[derive(Debug)]
+pub(crate) struct Leased<'a> {
+    /// The addresses.
+    pub(crate) lease: Lease,
+    /// Whether that was its last word.
+    pub(crate) promise: Promise<'a>,
+}
+
+/// A plugin that has answered and not ended yet. Taking a program down costs the kernel as much time as the addresses
+/// take to configure, so the one is done beside the other; the answer counts only when the plugin has ended well.
+#[derive(Debug, Default)]
+pub(crate) struct Promise<'a>(Option<(&'a Plugin<'a>, Running)>);
+
+impl Promise<'_> {
+    /// Waits for the plugin's end.
+    pub(crate) fn keep(self) -> Result<()> {
+        match self.0 {
+            None => Ok(()),
+            Some((plugin, running)) => plugin
+                .finish(running, Verb::Add, &plugin.config.raw)
+                .map(drop),
+        }
+    }
+}
+
+impl<'a> Leasing<'a> {
     /// The addresses, as soon as they are there.
-    pub(crate) fn finish(self) -> Result<Lease> {
+    pub(crate) fn finish(self) -> Result<Leased<'a>> {
         match self {
-            Self::Done(lease) => lease,
+            Self::Done(lease) => Ok(Leased {
+                lease: lease?,
+                promise: Promise::default(),
+            }),
             Self::Running(plugin, running) => plugin.add(running),
         }
     }
@@ -135,7 +164,15 @@ impl<'a> Plugin<'a> {
     }
 
     /// The addresses that a started ADD leases.
-    fn add(&self, running: Running) -> Result<Lease> {
+    fn add(&'a self, mut running: Running) -> Result<Leased<'a>> {
+        let answer = running.answer(&self.config.raw, whole_result);
+        if let Some(lease) = answer.map_err(|error| self.broke(Verb::Add, &error))? {
+            return Ok(Leased {
+                lease,
+                promise: Promise(Some((self, running))),
+            });
+        }
+        // Everything else is judged by how it ends.
         let first = self.finish(running, Verb::Add, &self.config.raw);
         let json = self.in_its_version(first, Verb::Add, &[])?;
         let lease = Lease::from_json(&json).map_err(|error| self.told(error))?;
@@ -150,7 +187,10 @@ impl<'a> Plugin<'a> {
                 ),
             ));
         }
-        Ok(lease)
+        Ok(Leased {
+            lease,
+            promise: Promise::default(),
+        })
     }
 
     /// Forwards GC. A plugin that is too old for it gets a DEL for each of `gone`.
@@ -317,6 +357,17 @@ impl<'a> Plugin<'a> {
             ..error
         }
     }
+}
+
+/// A result with addresses, as soon as all of it is there; None also for whatever else may come.
+fn whole_result(stdout: &[u8]) -> Option<Lease> {
+    // Without this every part of a long answer would be parsed in vain.
+    if stdout.trim_ascii_end().last() != Some(&b'}') {
+        return None;
+    }
+    let json: Map<String, Value> = serde_json::from_slice(stdout).ok()?;
+    let lease = Lease::from_json(&json).ok()?;
+    (error_of(&json).is_none() && !lease.ips.is_empty()).then_some(lease)
 }
 
 /// A CNI error, None when the object is something else.

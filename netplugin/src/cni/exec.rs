@@ -33,6 +33,19 @@ pub(crate) struct Running {
     /// How much of the input it has by now.
     given: usize,
     deadline: Instant,
+    stdout: Vec<u8>,
+    stderr: Vec<u8>,
+}
+
+/// Why talking to a program came to an end.
+#[derive(Debug, PartialEq, Eq)]
+enum Talked {
+    /// It has closed its outputs.
+    ToTheEnd,
+    /// What it wrote is what was waited for.
+    Enough,
+    /// The time limit came first.
+    TooLong,
 }
 
 impl Running {
@@ -50,42 +63,102 @@ impl Running {
             child,
             given: 0,
             deadline,
+            stdout: Vec::new(),
+            stderr: Vec::new(),
         };
-        let mut stdin = running.child.stdin.take();
-        if let Some(pipe) = &stdin {
+        let Child {
+            stdin,
+            stdout,
+            stderr,
+            ..
+        } = &running.child;
+        let pipes = [
+            stdin.as_ref().map(AsFd::as_fd),
+            stdout.as_ref().map(AsFd::as_fd),
+            stderr.as_ref().map(AsFd::as_fd),
+        ];
+        for pipe in pipes.into_iter().flatten() {
             fcntl(pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         }
-        give(&mut stdin, input, &mut running.given)?;
-        running.child.stdin = stdin;
+        give(&mut running.child.stdin, input, &mut running.given)?;
         Ok(running)
+    }
+
+    /// What it has written to stdout, as soon as `is_whole` says that this is all; None: it has not said so and ended,
+    /// or come to its time limit, which [`Running::finish`] tells apart. `input` is what it was started with.
+    pub(crate) fn answer<T>(
+        &mut self,
+        input: &[u8],
+        is_whole: impl Fn(&[u8]) -> Option<T>,
+    ) -> io::Result<Option<T>> {
+        let mut answer = None;
+        self.talk(input, |stdout| {
+            answer = is_whole(stdout);
+            answer.is_some()
+        })?;
+        Ok(answer)
     }
 
     /// Waits for its end or the time limit. `input` is what it was started with.
     pub(crate) fn finish(mut self, input: &[u8]) -> io::Result<Outcome> {
-        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-        let outcome = talk(
-            &mut self.child,
-            input,
-            self.given,
-            self.deadline,
-            &mut stdout,
-            &mut stderr,
-        );
-        let outcome = outcome.and_then(|in_time| {
-            if in_time {
-                wait(&mut self.child, self.deadline)
-            } else {
-                Ok(None)
-            }
-        });
+        let outcome = match self.talk(input, |_| false) {
+            Ok(Talked::TooLong) => Ok(None),
+            Ok(_) => wait(&mut self.child, self.deadline),
+            Err(error) => Err(error),
+        };
         if !matches!(outcome, Ok(Some(_))) {
             self.kill()?;
         }
         Ok(Outcome {
             status: outcome?,
-            stdout,
-            stderr,
+            stdout: std::mem::take(&mut self.stdout),
+            stderr: std::mem::take(&mut self.stderr),
         })
+    }
+
+    /// Writes the input and reads both outputs, to their ends or until stdout is `enough`.
+    fn talk(&mut self, input: &[u8], mut enough: impl FnMut(&[u8]) -> bool) -> io::Result<Talked> {
+        let Child {
+            stdin,
+            stdout: out,
+            stderr: err,
+            ..
+        } = &mut self.child;
+        loop {
+            if out.is_none() && err.is_none() {
+                return Ok(Talked::ToTheEnd);
+            }
+            let left = self.deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(Talked::TooLong);
+            }
+            let mut fds: Vec<_> = [
+                stdin
+                    .as_ref()
+                    .map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLOUT)),
+                out.as_ref()
+                    .map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)),
+                err.as_ref()
+                    .map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)),
+            ]
+            .into_iter()
+            .flatten()
+            .collect();
+            // Rounded up, or the last millisecond would be spent in a loop.
+            let timeout = PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX);
+            match poll(&mut fds, timeout) {
+                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            drop(fds);
+            give(stdin, input, &mut self.given)?;
+            let before = self.stdout.len();
+            read_some(out, &mut self.stdout)?;
+            read_some(err, &mut self.stderr)?;
+            if self.stdout.len() > before && enough(&self.stdout) {
+                return Ok(Talked::Enough);
+            }
+        }
     }
 
     fn kill(&mut self) -> io::Result<()> {
@@ -123,54 +196,6 @@ fn give(stdin: &mut Option<ChildStdin>, input: &[u8], given: &mut usize) -> io::
         }
     }
     Ok(())
-}
-
-/// Writes the input and reads both outputs to their ends; false when the deadline came first.
-fn talk(
-    child: &mut Child,
-    input: &[u8],
-    mut given: usize,
-    deadline: Instant,
-    stdout: &mut Vec<u8>,
-    stderr: &mut Vec<u8>,
-) -> io::Result<bool> {
-    let (mut stdin, mut out, mut err) =
-        (child.stdin.take(), child.stdout.take(), child.stderr.take());
-    let pipes = [out.as_ref().map(AsFd::as_fd), err.as_ref().map(AsFd::as_fd)];
-    for fd in pipes.into_iter().flatten() {
-        fcntl(fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-    }
-    loop {
-        let mut fds: Vec<_> = [
-            stdin
-                .as_ref()
-                .map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLOUT)),
-            out.as_ref()
-                .map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)),
-            err.as_ref()
-                .map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)),
-        ]
-        .into_iter()
-        .flatten()
-        .collect();
-        if out.is_none() && err.is_none() {
-            return Ok(true);
-        }
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Ok(false);
-        }
-        // Rounded up, or the last millisecond would be spent in a loop.
-        let timeout = PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX);
-        match poll(&mut fds, timeout) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-        drop(fds);
-        give(&mut stdin, input, &mut given)?;
-        read_some(&mut out, stdout)?;
-        read_some(&mut err, stderr)?;
-    }
 }
 
 /// Reads what is there now; at the end of the pipe it becomes None.
@@ -251,6 +276,24 @@ mod tests {
             assert!(outcome.status.is_none(), "{script}");
             assert!(start.elapsed() < LONG, "{script}");
         }
+    }
+
+    #[test]
+    fn an_answer_is_there_before_the_program_ends() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let go_on = dir.path().join("go-on");
+        let script = "printf a; until [ -e \"$0\" ]; do sleep 0.01; done; printf b; exit 3";
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", script]).arg(&go_on);
+        let mut running = Running::start(&mut command, b"", LONG).expect("starts");
+        let whole = |wanted: &'static [u8]| move |out: &[u8]| (out == wanted).then_some(());
+        assert_eq!(running.answer(b"", whole(b"a")).expect("talks"), Some(()));
+        std::fs::write(&go_on, "").expect("write");
+        // Not what is waited for, and then it has ended.
+        assert_eq!(running.answer(b"", whole(b"c")).expect("talks"), None);
+        let outcome = running.finish(b"").expect("ends");
+        assert_eq!(outcome.status.and_then(|status| status.code()), Some(3));
+        assert_eq!(outcome.stdout, b"ab");
     }
 
     #[test]

@@ -5,11 +5,13 @@ use kbp_kernel::link::{Batch, Route};
 
 use super::plan::Plan;
 use crate::cni::error::Result;
+use crate::sysctl;
 use crate::wire::{self, Pair, Side, kernel_route};
 
 /// Gives both ends what the plan says. On an error the pair is left half configured: delete it.
 pub(crate) fn configure(host: &mut Side, pod: &mut Side, pair: &Pair, plan: &Plan) -> Result<()> {
     if plan.has_v6() {
+        sysctl::enable_v6(&pair.host.name)?;
         wire::enable_v6(pod, pair)?;
     }
     pod.route.execute(&pod_batch(pair, plan))?;

@@ -12,7 +12,7 @@ use crate::attachment::Attachment;
 use crate::bridge::plan::Role;
 use crate::bridge::wire::Base;
 use crate::cni::config::Config;
-use crate::cni::delegate::{Ipam, Leasing};
+use crate::cni::delegate::{Ipam, Leased, Leasing, Promise};
 use crate::cni::env::Call;
 use crate::cni::error::{CniError, Code, Result};
 use crate::cni::ipam::{Lease, LeasedIp, RouteConfig};
@@ -49,6 +49,7 @@ pub(crate) fn add(
         ipam: &ipam,
         host,
         pod,
+        promise: Promise::default(),
         made: Made::default(),
     };
     add.run(sandbox)
@@ -100,22 +101,28 @@ struct Add<'a> {
     ipam: &'a Ipam<'a>,
     host: Side,
     pod: Side,
+    /// What the IPAM plugin has yet to confirm by its end.
+    promise: Promise<'a>,
     made: Made,
 }
 
-impl Add<'_> {
+impl<'a> Add<'a> {
     fn run(&mut self, sandbox: &Path) -> Result<Value> {
-        let uplink = UplinkMtu::find(&mut self.host.route)?;
-        // The pair needs no address: it is made while the IPAM plugin works.
+        // Before anything that is not needed to refuse the call: an IPAM plugin takes longer than all the rest.
         let leasing = self.ipam.start_add();
         let mode = self.options.mode.clone();
-        let pair = match &mode {
-            Mode::Bridge(bridge) => self.port(bridge, uplink),
-            Mode::Routed | Mode::Tune => self.pair(DEVICE_MTU, None),
-        };
+        let uplink = UplinkMtu::find(&mut self.host.route).map_err(CniError::from);
+        // The pair needs no address: it is made while the IPAM plugin works.
+        let pair = uplink.and_then(|uplink| {
+            let pair = match &mode {
+                Mode::Bridge(bridge) => self.port(bridge, uplink),
+                Mode::Routed | Mode::Tune => self.pair(DEVICE_MTU, None),
+            };
+            Ok((pair?, uplink))
+        });
         // Also when there is no pair, for what was leased has to be given back.
         let lease = self.lease(leasing);
-        let (pair, lease) = (pair?, lease?);
+        let ((pair, uplink), lease) = (pair?, lease?);
         match &mode {
             Mode::Bridge(bridge) => self.bridge(&lease, &pair, bridge, uplink, sandbox),
             Mode::Routed | Mode::Tune => self.routed(&lease, &pair, uplink, sandbox),
@@ -205,6 +212,11 @@ impl Add<'_> {
     }
 
     fn pair(&mut self, mtu: Mtu, port: Option<Port>) -> Result<Pair> {
+        // A bridge's port needs no address. A routed pod's families are what IPAM says; where its ranges tell them
+        // already, what it says else is made good later.
+        let ranges = self.config.ipam_ranges();
+        let is_v6 = |range: &IpNet| range.addr().is_ipv6();
+        let host_v6 = port.is_none() && (ranges.is_empty() || ranges.iter().any(is_v6));
         let pair = wire::create(
             &mut self.host,
             &mut self.pod,
@@ -212,6 +224,7 @@ impl Add<'_> {
             &self.options,
             mtu,
             port,
+            host_v6,
         )?;
         self.made.host_end = Some(pair.host.index);
         Ok(pair)
@@ -241,11 +254,15 @@ impl Add<'_> {
     }
 
     fn make_ready(&mut self, host: Vec<IpAddr>, pod: Vec<IpAddr>) -> Result<()> {
-        wire::await_addresses((&mut self.host, host), (&mut self.pod, pod))
+        wire::await_addresses((&mut self.host, host), (&mut self.pod, pod))?;
+        std::mem::take(&mut self.promise).keep()
     }
 
-    fn lease(&mut self, leasing: Leasing<'_>) -> Result<Lease> {
-        let mut lease = leasing.finish();
+    fn lease(&mut self, leasing: Leasing<'a>) -> Result<Lease> {
+        let mut lease = leasing.finish().map(|Leased { lease, promise }| {
+            self.promise = promise;
+            lease
+        });
         // A plugin that reported its own error has undone what it did, and what is leased under this id may
         // belong to an attachment that lives. One that broke or was killed may have leased already.
         self.made.lease = match &mut lease {
@@ -307,6 +324,8 @@ impl Add<'_> {
         if let Some(base) = self.made.bridge.take() {
             failed.extend(bridge::wire::release(&mut self.host, &base).err());
         }
+        // Its end is waited for, or what it still does would come after the DEL. How it ended matters no more.
+        let _ = std::mem::take(&mut self.promise).keep();
         if self.made.lease {
             failed.extend(self.ipam.del().err());
         }

@@ -186,6 +186,24 @@ fn an_ipam_plugin_that_breaks_gets_a_del() {
             "did not answer ADD within 1 s",
         ),
         (
+            "late-status",
+            &format!("echo '{good}'; exit 7"),
+            101,
+            "exit status: 7",
+        ),
+        (
+            "late-text",
+            &format!("echo '{good}'; sleep 0.1; echo more"),
+            6,
+            "something else than a JSON object",
+        ),
+        (
+            "late-hang",
+            &format!("echo '{good}'; exec sleep 300"),
+            11,
+            "did not answer ADD within 1 s",
+        ),
+        (
             "gateway",
             &format!(
                 "echo '{}'",

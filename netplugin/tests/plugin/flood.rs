@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 
 use crate::pollable::napis;
 use crate::traffic::{any, ip, udp};
-use crate::world::{self, World, address, command};
+use crate::world::{self, World, address, command, not_tested};
 
 const DATAGRAMS: usize = 100_000;
 /// Room for all of them in the receiver's socket: a slow program is not the link's fault.
@@ -147,8 +147,14 @@ fn pushes_back() -> bool {
         };
         kbp_kernel::ethtool::set_features(&pod.netns, "eth0", pollable).expect("features");
     }
-    let napi = napis(&there.netns, "eth0")[0];
+    let Some(napi) = first_napi(&there.netns, "eth0") else {
+        return false;
+    };
     flood(&here.netns, &there.netns, ip("10.9.0.2"), napi) == DATAGRAMS
+}
+
+fn first_napi(netns: &Netns, name: &str) -> Option<NapiId> {
+    napis(netns, name)?.first().copied()
 }
 
 fn nothing_is_dropped(more: Value) {
@@ -158,7 +164,10 @@ fn nothing_is_dropped(more: Value) {
     let result = world.add(&a, &config);
     let interfaces = result["interfaces"].as_array().expect("interfaces");
     let host_end = &interfaces[interfaces.len() - 2]["name"];
-    let napi = napis(&world.host, host_end.as_str().expect("a name"))[0];
+    let Some(napi) = first_napi(&world.host, host_end.as_str().expect("a name")) else {
+        // Kernels list NAPI instances since 6.8, and push back since 6.16.
+        return not_tested("a flood without loss: this kernel's veth does not push back");
+    };
     let to = world.add(&b, &config);
     let all = || {
         [&world.host, &a.netns, &b.netns]
@@ -171,8 +180,7 @@ fn nothing_is_dropped(more: Value) {
         let received = flood(&a.netns, &b.netns, address(&to, n), napi);
         let dropped = all() - before;
         if (received, dropped) != (DATAGRAMS, 0) && !pushes_back() {
-            println!("NOT SHOWN: this kernel's veth drops what finds the ring full");
-            return;
+            return not_tested("a flood without loss: this kernel's veth does not push back");
         }
         assert_eq!((received, dropped), (DATAGRAMS, 0), "{}", address(&to, n));
     }

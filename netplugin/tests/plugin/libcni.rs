@@ -1,7 +1,7 @@
 //! Under libcni itself, as cnitool uses it: lists, the cached result, a config that was changed between ADD and DEL.
 //!
-//! cnitool is built by the machine's Go, once, below target/. Without Go, or without a module proxy, these tests say so
-//! and show nothing.
+//! cnitool is built by the machine's Go, once, below target/. Without Go, or without a module proxy, these tests show
+//! nothing: they say so on the terminal, and `make test` repeats it at its end. One that was built has to work.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -13,7 +13,9 @@ use kbp_kernel::ethtool;
 use serde_json::{Value, json};
 
 use crate::traffic::{ip, udp_echo};
-use crate::world::{HOST_V4, OUTSIDE_V4, Pod, REFERENCE_PLUGINS, World, empty_directory};
+use crate::world::{
+    HOST_V4, OUTSIDE_V4, Pod, REFERENCE_PLUGINS, World, empty_directory, not_tested,
+};
 
 const MODULE: &str = "github.com/containernetworking/cni/cnitool";
 /// The first version with drop-in files, GC and STATUS.
@@ -44,7 +46,10 @@ fn cnitool() -> Option<&'static Path> {
             return Some(binary);
         }
         let why = String::from_utf8_lossy(&go.stderr);
-        println!("NOT TESTED: `go install {MODULE}@{VERSION}` failed: {why}");
+        let why = why.lines().last().unwrap_or("no Go on this machine");
+        not_tested(&format!(
+            "kbp under cnitool: `go install {MODULE}@{VERSION}` failed: {why}"
+        ));
         None
     });
     found.as_deref()
