@@ -38,7 +38,7 @@ fn a_quick_run_measures_every_plugin_and_leaves_nothing() {
     assert_eq!(kinds.len(), 4 * 2 * 3, "{kinds:?}");
     // One at a time and at once, v4 and dual stack.
     assert_eq!(report["work"].as_array().map(Vec::len), Some(4));
-    assert_eq!(report["scale"].as_array().map(Vec::len), Some(2));
+    assert_eq!(report["scale"].as_array().map(Vec::len), Some(4));
     for plugin in [
         "ptp",
         "bridge",

@@ -252,7 +252,7 @@ impl Bench<'_> {
         Ok(rows.collect())
     }
 
-    /// ADD on two nodes by turns, one of which has many pods.
+    /// ADD on two nodes by turns, one of which has many pods. What grows with them for ptp, too, is the kernel's share.
     fn scale(&self, plugins: &Plugins, dir: &Path) -> Result<Vec<Scale>> {
         let variant = Variant {
             dual_stack: false,
@@ -272,24 +272,40 @@ impl Bench<'_> {
                 self.turns.check()?;
                 node.call(Arm::KbpLocal, "ADD", pod, &config)?;
             }
-            nodes.push((count, node, config, pods, Vec::new()));
+            let plain = Variant {
+                masquerade: false,
+                ..variant
+            };
+            let arms = [
+                (Arm::KbpLocal, config),
+                // Its masquerading is a chain of iptables for each pod, which is not the kernel's doing.
+                (Arm::Ptp, plugin::config(Arm::Ptp, plain, node.leases())),
+            ]
+            .map(|(arm, config)| (arm, config, Vec::new()));
+            nodes.push((count, node, pods, arms));
         }
         let pod = &self.pods[0];
         for round in 0..self.amount.scale {
             if !self.turns.goes_on(round)? {
                 break;
             }
-            for (_, node, config, _, took) in &mut nodes {
-                took.push(node.call(Arm::KbpLocal, "ADD", pod, config)?);
-                node.call(Arm::KbpLocal, "DEL", pod, config)?;
+            for (_, node, _, arms) in &mut nodes {
+                for (arm, config, took) in arms {
+                    took.push(node.call(*arm, "ADD", pod, config)?);
+                    node.call(*arm, "DEL", pod, config)?;
+                }
             }
         }
-        let scale = nodes.iter().filter_map(|(count, _, _, _, took)| {
-            Some(Scale {
-                existing_pods: *count,
-                summary: Summary::of(took)?,
-            })
-        });
-        Ok(scale.collect())
+        let mut scale = Vec::new();
+        for (count, _, _, arms) in &nodes {
+            scale.extend(arms.iter().filter_map(|(arm, _, took)| {
+                Some(Scale {
+                    plugin: *arm,
+                    existing_pods: *count,
+                    summary: Summary::of(took)?,
+                })
+            }));
+        }
+        Ok(scale)
     }
 }

@@ -24,6 +24,7 @@ pub(crate) struct Row {
 /// ADD on a node that has so many pods already.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Scale {
+    pub(crate) plugin: Arm,
     pub(crate) existing_pods: usize,
     #[serde(flatten)]
     pub(crate) summary: Summary,
@@ -83,7 +84,8 @@ impl Report {
             let _ = writeln!(text, "{what:<40} {}", columns(&row.summary));
         }
         for scale in &self.scale {
-            let what = format!("kbp+kbp-local ADD, {} pods exist", scale.existing_pods);
+            let name = scale.plugin.name();
+            let what = format!("{name} ADD, {} pods exist", scale.existing_pods);
             let _ = writeln!(text, "{what:<40} {}", columns(&scale.summary));
         }
         text.push('\n');
@@ -122,12 +124,17 @@ impl Report {
                 ratios.push((what, ours / theirs));
             }
         }
-        if let [few, many] = &self.scale[..] {
-            let what = format!(
-                "ADD at {} / at {} pods",
-                many.existing_pods, few.existing_pods
-            );
-            ratios.push((what, many.summary.p50_ms / few.summary.p50_ms));
+        for arm in [Arm::KbpLocal, Arm::Ptp] {
+            let of_arm: Vec<_> = self.scale.iter().filter(|row| row.plugin == arm).collect();
+            if let [few, many] = of_arm[..] {
+                let what = format!(
+                    "{} ADD at {} / at {} pods",
+                    arm.name(),
+                    many.existing_pods,
+                    few.existing_pods
+                );
+                ratios.push((what, many.summary.p50_ms / few.summary.p50_ms));
+            }
         }
         ratios
     }
