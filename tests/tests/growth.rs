@@ -14,6 +14,8 @@ kbp_tests::scenarios!(on [stock_on_machine, kbp_on_machine, kbp_on_v2]: one_shim
 const FIRST: u32 = 50;
 /// By how much the resident set may differ afterwards, in KiB: single pages come and go with what ran last.
 const TOLERANCE_KIB: u64 = 512;
+/// The same after many at a time, which leave a hole here and there in the heap.
+const BURST_TOLERANCE_KIB: u64 = 1024;
 /// Callers at a time in the load.
 const CALLERS: u32 = 4;
 
@@ -137,11 +139,12 @@ fn one_shim_for_all(lab: &Lab<'_>) {
             after.rss_kib <= before.rss_kib + TOLERANCE_KIB,
             "before {before:?}, after {after:?}"
         );
-        // What many at a time leave in the heap lies differently each time.
-        assert!(
-            4 * twice.rss_kib <= 5 * once.rss_kib,
-            "once {once:?}, twice {twice:?}"
-        );
+        for now in [once, twice] {
+            assert!(
+                now.rss_kib <= before.rss_kib + BURST_TOLERANCE_KIB,
+                "before {before:?}, now {now:?}"
+            );
+        }
         let state = lab.state("stays").expect("the pod's state");
         assert!(state.degraded.is_empty(), "{state:#?}");
     }

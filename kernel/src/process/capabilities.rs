@@ -66,6 +66,21 @@ pub fn give_up(capabilities: &[Capability]) -> Result<bool> {
     if bits & NO_ROOT != 0 || !nix::unistd::geteuid().is_root() {
         return Ok(false);
     }
+    change(|number, sets| {
+        if capabilities.iter().any(|c| *c as usize == number) {
+            sets.effective &= !(1u32 << (number % 32));
+        }
+    })?;
+    Ok(true)
+}
+
+/// Brings all permitted capabilities into force for the calling thread alone: for one that does a single thing and ends.
+pub fn take_up_in_this_thread() -> Result<()> {
+    change(|number, sets| sets.effective |= sets.permitted & 1u32 << (number % 32))
+}
+
+/// Changes the sets of the calling thread, for each capability by its number.
+fn change(mut edit: impl FnMut(usize, &mut Sets)) -> Result<()> {
     let mut header = Header {
         version: VERSION,
         pid: 0,
@@ -74,13 +89,13 @@ pub fn give_up(capabilities: &[Capability]) -> Result<bool> {
     // SAFETY: both live through the call, and version 3 fills two words.
     let answer = unsafe { libc::syscall(libc::SYS_capget, &raw mut header, sets.as_mut_ptr()) };
     check(answer, || "read the own capabilities".to_owned())?;
-    for capability in capabilities {
-        let number = *capability as usize;
-        let word = &mut sets[number / 32];
-        word.effective &= !(1u32 << (number % 32));
+    for number in 0..64 {
+        edit(number, &mut sets[number / 32]);
     }
     // SAFETY: both live through the call, and version 3 reads two words.
     let answer = unsafe { libc::syscall(libc::SYS_capset, &raw mut header, sets.as_ptr()) };
-    check(answer, || "take capabilities out of force".to_owned())?;
-    Ok(true)
+    check(answer, || {
+        "change which capabilities are in force".to_owned()
+    })
+    .map(drop)
 }

@@ -51,7 +51,9 @@ pub fn delete(flags: &Flags) -> anyhow::Result<DeleteResponse> {
     // It fails for a container that it does not know, which is what is wanted.
     let _ = run(&mut command);
     // The mounts are the next call's again when they cannot be undone now.
-    let _ = mounts::unmount_below(&bundle.join("rootfs"));
+    let rootfs = bundle.join("rootfs");
+    let _ = mounts::unmount_below(&rootfs);
+    let _ = mounts::unmount_layers(&rootfs);
     let socket = address::of_bundle(&bundle);
     // containerd calls this for each container that it deleted. A shim that still serves has others, whose sockets need the
     // notifier, and clears up after its pod itself.

@@ -185,8 +185,13 @@ fn launch(flags: &Flags, call: &Call, listener: OwnedFd) -> anyhow::Result<()> {
     if let Some(ttrpc) = &call.ttrpc {
         command.env("TTRPC_ADDRESS", ttrpc);
     }
-    // One heap, and freed memory goes back at once: there is one server for every pod of the node.
+    // One heap, and freed memory goes back at once: there is one server for every pod of the node. What each thread would keep of it
+    // for itself, freed pieces and the stacks of threads that have ended, would hold the pages of a burst for ever.
     command
+        .env(
+            "GLIBC_TUNABLES",
+            "glibc.malloc.tcache_count=0:glibc.pthread.stack_cache_size=0",
+        )
         .env("MALLOC_ARENA_MAX", "1")
         .env("MALLOC_TRIM_THRESHOLD_", "65536");
     command.process_group(0);

@@ -160,6 +160,10 @@ impl Supervisor {
             && let Some(far) = &mut self.far
         {
             far.serve(node, shared);
+            // Its descriptor is not kept for a burst that may never come again.
+            if far.listeners.is_empty() {
+                self.far = None;
+            }
         }
     }
 

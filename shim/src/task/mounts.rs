@@ -8,7 +8,14 @@ use containerd_shim_protos::types::mount::Mount;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
+use kbp_kernel::idmap::IdRange;
+
 use super::error::{Error, Result};
+
+mod mapped;
+
+use mapped::id_ranges;
+pub use mapped::unmount_layers;
 
 /// Mounts that are undone when this is dropped.
 #[derive(Debug)]
@@ -109,6 +116,9 @@ struct Parsed {
     flags: MsFlags,
     propagation: Vec<MsFlags>,
     data: Vec<String>,
+    /// Owners that the files are to show, of users and of groups; empty: their own.
+    users: Vec<IdRange>,
+    groups: Vec<IdRange>,
 }
 
 fn parse(options: &[String]) -> Result<Parsed> {
@@ -116,6 +126,8 @@ fn parse(options: &[String]) -> Result<Parsed> {
         flags: MsFlags::empty(),
         propagation: Vec::new(),
         data: Vec::new(),
+        users: Vec::new(),
+        groups: Vec::new(),
     };
     for option in options {
         if option == "defaults" {
@@ -125,17 +137,16 @@ fn parse(options: &[String]) -> Result<Parsed> {
             parsed.flags.set(*flag, *set);
         } else if let Some((_, flag)) = PROPAGATION.iter().find(|(name, _)| name == option) {
             parsed.propagation.push(*flag);
-        } else if option == "loop" || option.starts_with("uidmap=") || option.starts_with("gidmap=")
-        {
-            let remedy = if option == "loop" {
-                "a loop device"
-            } else {
-                "an idmapped mount"
-            };
-            return Err(Error::Unimplemented(format!(
-                "mount option {option:?} of the root file system asks for {remedy}, which this shim does not make; \
+        } else if let Some(map) = option.strip_prefix("uidmap=") {
+            parsed.users = id_ranges(map)?;
+        } else if let Some(map) = option.strip_prefix("gidmap=") {
+            parsed.groups = id_ranges(map)?;
+        } else if option == "loop" {
+            return Err(Error::Unimplemented(
+                "mount option \"loop\" of the root file system asks for a loop device, which this shim does not make; \
                  let containerd mount it (a snapshotter that prepares its own mounts)"
-            )));
+                    .to_owned(),
+            ));
         } else {
             parsed.data.push(option.clone());
         }
@@ -149,7 +160,14 @@ fn mount_one(entry: &Mount, target: &Path) -> Result<()> {
     } else {
         inside(target, &entry.target)?
     };
-    let parsed = parse(&entry.options)?;
+    let mut parsed = parse(&entry.options)?;
+    if parsed.users.is_empty() != parsed.groups.is_empty() {
+        return Err(Error::InvalidArgument(format!(
+            "mount options {:?} map users or groups alone; give uidmap and gidmap",
+            entry.options
+        )));
+    }
+    let is_mapped = !parsed.users.is_empty();
     let what = || {
         format!(
             "mount {} ({}) at {}",
@@ -163,9 +181,23 @@ fn mount_one(entry: &Mount, target: &Path) -> Result<()> {
         source: errno.into(),
     };
 
+    // They go with this; the overlay keeps what it needs of them.
+    let _layers = if is_mapped && entry.type_ == "overlay" {
+        Some(mapped::layers(&mut parsed, &target)?)
+    } else {
+        None
+    };
     let data = parsed.data.join(",");
     let is_bind = parsed.flags.contains(MsFlags::MS_BIND);
-    if !parsed.flags.contains(MsFlags::MS_REMOUNT) || !data.is_empty() {
+    if is_mapped && is_bind {
+        mapped::bind(&parsed, Path::new(&entry.source), &target)?;
+    } else if is_mapped && entry.type_ != "overlay" {
+        return Err(Error::Unimplemented(format!(
+            "{} with mapped owners: only overlay and bind mounts can have them; \
+             let containerd change the owners of the files (slow_chown = true in its overlayfs snapshotter)",
+            what()
+        )));
+    } else if !parsed.flags.contains(MsFlags::MS_REMOUNT) || !data.is_empty() {
         if data.len() >= PAGE {
             mount_long(entry, &target, parsed.flags, &parsed.data)
                 .map_err(|error| Error::io(what())(error))?;
@@ -385,13 +417,40 @@ mod tests {
 
     #[test]
     fn what_cannot_be_mounted_is_refused_by_name() {
-        for option in ["loop", "uidmap=0:1000:1"] {
-            let error = parse(&strings(&[option])).expect_err("not supported");
+        let error = parse(&strings(&["loop"])).expect_err("not supported");
+        assert!(
+            matches!(&error, Error::Unimplemented(text) if text.contains("loop")),
+            "{error}"
+        );
+        for option in [
+            "uidmap=0:1000",
+            "gidmap=0:1000:x",
+            "uidmap=",
+            "uidmap=1:2:3:4",
+        ] {
+            let error = parse(&strings(&[option])).expect_err("no mapping");
             assert!(
-                matches!(&error, Error::Unimplemented(text) if text.contains(option)),
+                matches!(&error, Error::InvalidArgument(text) if text.contains("0:100000:65536")),
                 "{error}"
             );
         }
+    }
+
+    #[test]
+    fn owners_are_mapped_by_ranges() {
+        let parsed = parse(&strings(&[
+            "uidmap=0:1000:1,1:100000:65535",
+            "gidmap=0:5:6",
+        ]));
+        let parsed = parsed.expect("mappings");
+        let range = |inside, outside, count| IdRange {
+            inside,
+            outside,
+            count,
+        };
+        assert_eq!(parsed.users, [range(0, 1000, 1), range(1, 100_000, 65_535)]);
+        assert_eq!(parsed.groups, [range(0, 5, 6)]);
+        assert!(parsed.data.is_empty());
     }
 
     #[test]

@@ -22,7 +22,8 @@ use tokio::sync::oneshot;
 use super::error::Error;
 
 /// Environment that tunes the memory of the shim's own process and is nobody else's business.
-pub const OWN_ENVIRONMENT: [&str; 3] = [
+pub const OWN_ENVIRONMENT: [&str; 4] = [
+    "GLIBC_TUNABLES",
     "MALLOC_ARENA_MAX",
     "MALLOC_TRIM_THRESHOLD_",
     "MALLOC_MMAP_THRESHOLD_",

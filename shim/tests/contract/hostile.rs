@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use containerd_shim_protos::api;
 
+use crate::random::Random;
 use crate::support::{Shim, World};
 
 fn set(pid: &str, name: &str) -> u64 {
@@ -46,22 +47,6 @@ async fn the_server_gives_up_capabilities_and_its_runtime_has_them() {
         let line = seen.lines().find_map(|l| l.strip_prefix(name));
         let runtime = u64::from_str_radix(line.expect("a line").trim(), 16).expect("a set");
         assert_eq!(runtime, set("self", name), "{name}");
-    }
-}
-
-/// A number that is followed from a seed, the same on every run of a seed (Marsaglia's xorshift).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        (self.next() % limit as u64) as usize
     }
 }
 

@@ -6,6 +6,8 @@ mod bootstrap;
 mod hostile;
 mod lifecycle;
 mod mounts;
+#[path = "../random/mod.rs"]
+mod random;
 mod runtimes;
 mod streams;
 mod support;

@@ -100,3 +100,78 @@ async fn layers_whose_names_fill_more_than_a_page_are_mounted() {
         0
     );
 }
+
+/// What containerd 2 asks for with a user namespace: layers whose owners are mapped, not changed on disk.
+#[tokio::test]
+async fn a_user_namespace_s_root_file_system_shows_mapped_owners() {
+    use std::os::unix::fs::MetadataExt;
+    const OUTSIDE: u32 = 200_000;
+    let world = World::new().await;
+    let bundle = world.add_bundle_with(
+        "c",
+        &["sh", "-c", "echo x >/new; exec sleep 1000"],
+        |spec| {
+            spec["root"]["path"] = json!("rootfs");
+            let map = json!([{ "containerID": 0, "hostID": OUTSIDE, "size": 65_536 }]);
+            spec["linux"]["uidMappings"] = map.clone();
+            spec["linux"]["gidMappings"] = map;
+            let namespaces = spec["linux"]["namespaces"].as_array_mut();
+            namespaces
+                .expect("an array")
+                .push(json!({ "type": "user" }));
+        },
+    );
+    for name in ["upper", "work"] {
+        let path = world.path(name);
+        std::fs::create_dir_all(&path).expect("make a directory");
+        // As the snapshotter does.
+        std::os::unix::fs::chown(&path, Some(OUTSIDE), Some(OUTSIDE)).expect("chown");
+    }
+    // Every directory on the way is to be passed by the container's root.
+    let open = std::os::unix::fs::PermissionsExt::from_mode(0o711);
+    std::fs::set_permissions(world.path(""), open).expect("chmod");
+    let shim = world.start_shim("c").await;
+    let mut request = world.create_request("c");
+    let option = |name: &str, path: &str| format!("{name}={}", world.path(path).display());
+    request.rootfs.push(api::Mount {
+        type_: "overlay".to_owned(),
+        source: "overlay".to_owned(),
+        options: vec![
+            option("lowerdir", "rootfs"),
+            option("upperdir", "upper"),
+            option("workdir", "work"),
+            format!("uidmap=0:{OUTSIDE}:65536"),
+            format!("gidmap=0:{OUTSIDE}:65536"),
+        ],
+        ..Default::default()
+    });
+    shim.create(&request).await.expect("create");
+    let owner = |path: std::path::PathBuf| {
+        let meta = std::fs::metadata(&path).expect("a file");
+        (meta.uid(), meta.gid())
+    };
+    assert_eq!(owner(world.path("rootfs/bin/busybox")), (0, 0), "on disk");
+    let shown = owner(bundle.join("rootfs/bin/busybox"));
+    assert_eq!(shown, (OUTSIDE, OUTSIDE), "in the container's view");
+    assert!(!bundle.join("rootfs.layers").exists(), "they are not left");
+    shim.start_init("c").await;
+    crate::support::until("the file", || world.path("upper/new").exists()).await;
+    assert_eq!(owner(world.path("upper/new")), (OUTSIDE, OUTSIDE));
+    shim.signal("c", "", KILL).await.expect("kill");
+    shim.exit_status("c", "").await;
+    shim.remove("c", "").await.expect("delete");
+    shim.end().await;
+    assert_eq!(world.leftovers("c"), [""; 0]);
+
+    // One that says nothing of groups is refused, and leaves nothing.
+    world.add_bundle("half", &["true"]);
+    let shim = world.start_shim("half").await;
+    let mut half = world.create_request("half");
+    half.rootfs = request.rootfs.clone();
+    half.rootfs[0].options.pop();
+    let (code, message) = refused(shim.create(&half).await);
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert!(message.contains("give uidmap and gidmap"), "{message}");
+    shim.end().await;
+    assert_eq!(world.leftovers("half"), [""; 0]);
+}

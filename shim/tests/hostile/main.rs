@@ -1,8 +1,12 @@
 //! Random changes of valid input, from a seed that is printed: `KBP_SEED=… cargo test --test hostile` repeats a run.
 
 mod inputs;
+#[path = "../random/mod.rs"]
+mod random;
 
 use std::time::{Duration, Instant};
+
+use random::Random;
 
 /// How long each kind of input is tried.
 const TIME: Duration = Duration::from_secs(3);
@@ -32,66 +36,50 @@ const PROCESS_STATE: &[&[u8]] = &[
     br#"{"fds":[],"state":{"id":""}}"#,
 ];
 
-/// Marsaglia's xorshift: the same numbers from the same seed.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        (self.next() % limit.max(1) as u64) as usize
-    }
-
-    /// A valid input with some changes: bytes, pieces that go, come twice or come from another place, marks of the formats.
-    fn change(&mut self, valid: &[&[u8]]) -> Vec<u8> {
-        const MARKS: &[&str] = &[
-            "{",
-            "}",
-            "[",
-            "]",
-            "\"",
-            ":",
-            ",",
-            "null",
-            "-1",
-            "1e999",
-            "18446744073709551616",
-            "\\u0000",
-            "\n",
-            "=",
-            "\u{fffd}",
-        ];
-        let mut bytes = valid[self.below(valid.len())].to_vec();
-        for _ in 0..=self.below(5) {
-            let at = self.below(bytes.len());
-            let length = self.below(24).min(bytes.len().saturating_sub(at));
-            match self.below(6) {
-                0 if !bytes.is_empty() => bytes[at] = self.next() as u8,
-                1 => drop(bytes.drain(at..at + length)),
-                2 => {
-                    let piece = bytes[at..at + length].to_vec();
-                    let to = self.below(bytes.len() + 1);
-                    bytes.splice(to..to, piece);
-                }
-                3 => bytes.truncate(at),
-                4 => {
-                    // Deeper than anybody nests.
-                    let mark = MARKS[self.below(MARKS.len())].repeat(1 + self.below(300));
-                    bytes.splice(at..at, mark.into_bytes());
-                }
-                _ => {
-                    let mark = MARKS[self.below(MARKS.len())];
-                    bytes.splice(at..at, mark.bytes());
-                }
+/// A valid input with some changes: bytes, pieces that go, come twice or come from another place, marks of the formats.
+fn change(random: &mut Random, valid: &[&[u8]]) -> Vec<u8> {
+    const MARKS: &[&str] = &[
+        "{",
+        "}",
+        "[",
+        "]",
+        "\"",
+        ":",
+        ",",
+        "null",
+        "-1",
+        "1e999",
+        "18446744073709551616",
+        "\\u0000",
+        "\n",
+        "=",
+        "\u{fffd}",
+    ];
+    let mut bytes = valid[random.below(valid.len())].to_vec();
+    for _ in 0..=random.below(5) {
+        let at = random.below(bytes.len());
+        let length = random.below(24).min(bytes.len().saturating_sub(at));
+        match random.below(6) {
+            0 if !bytes.is_empty() => bytes[at] = random.next() as u8,
+            1 => drop(bytes.drain(at..at + length)),
+            2 => {
+                let piece = bytes[at..at + length].to_vec();
+                let to = random.below(bytes.len() + 1);
+                bytes.splice(to..to, piece);
+            }
+            3 => bytes.truncate(at),
+            4 => {
+                // Deeper than anybody nests.
+                let mark = MARKS[random.below(MARKS.len())].repeat(1 + random.below(300));
+                bytes.splice(at..at, mark.into_bytes());
+            }
+            _ => {
+                let mark = MARKS[random.below(MARKS.len())];
+                bytes.splice(at..at, mark.bytes());
             }
         }
-        bytes
     }
+    bytes
 }
 
 fn hostile(what: &str, valid: &[&[u8]], input: fn(&[u8])) {
@@ -109,7 +97,7 @@ fn hostile(what: &str, valid: &[&[u8]], input: fn(&[u8])) {
     let begun = Instant::now();
     let mut tried = 0;
     while begun.elapsed() < TIME || tried < FEWEST {
-        let bytes = random.change(valid);
+        let bytes = change(&mut random, valid);
         let outcome = std::panic::catch_unwind(|| input(&bytes));
         assert!(
             outcome.is_ok(),
