@@ -8,6 +8,7 @@ use kbp_kernel::link::{Link, LinkKind, Route};
 use kbp_kernel::{MacAddr, Result};
 
 use crate::attachment::Attachment;
+use crate::bridge;
 use crate::cni::ipam::{LeasedIp, RouteConfig};
 use crate::cni::options::{BridgeOptions, Mode, Options, Profile};
 use crate::routed::plan::is_main;
@@ -141,10 +142,20 @@ fn bridge_differences(
         ));
     }
     if wanted.is_gateway {
-        let addresses = host.route.addresses(bridge.index)?;
+        let (index, name) = match wanted.vlan {
+            None => (Some(bridge.index), bridge.name),
+            Some(vlan) => {
+                let name = bridge::vlan::gateway_name(&bridge.name, vlan);
+                (host.route.index_of(&name)?, name)
+            }
+        };
+        let addresses = match index {
+            Some(index) => host.route.addresses(index)?,
+            None => Vec::new(),
+        };
         for gateway in expected.ips.iter().filter_map(|ip| ip.gateway) {
             if !addresses.iter().any(|address| address.addr() == gateway) {
-                found.push(format!("{} lacks the address {gateway}", bridge.name));
+                found.push(format!("{name} lacks the address {gateway}"));
             }
         }
     }

@@ -216,7 +216,8 @@ fn set_up(host: &mut Side, pod: &mut Side, pair: &Pair, options: &Options) -> Re
     Ok(())
 }
 
-fn join_vlan(host: &mut Side, port: IfIndex, vlan: VlanId) -> Result<()> {
+/// Makes a port a member of one VLAN alone, untagged.
+pub(crate) fn join_vlan(host: &mut Side, port: IfIndex, vlan: VlanId) -> Result<()> {
     const NOT_IN_IT: i32 = Errno::ENOENT as i32;
     host.route.execute(Batch::new().set_port_vlan(port, vlan))?;
     if vlan == DEFAULT_VLAN {

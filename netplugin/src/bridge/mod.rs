@@ -8,6 +8,8 @@
 //!
 //! Pods resolve each other's addresses by ARP and neighbour discovery, and are told of every address that
 //! changed its owner. All ports and the bridge have one MTU.
+//! The gateway of pods in a VLAN of their own is not the bridge but [`vlan`]'s link.
 
 pub(crate) mod plan;
+pub(crate) mod vlan;
 pub(crate) mod wire;

@@ -9,6 +9,7 @@ use nix::errno::Errno;
 use serde_json::json;
 
 use super::plan::Plan;
+use super::vlan::{self, Gateway};
 use crate::cni::error::{CniError, Code, Result};
 use crate::cni::options::BridgeOptions;
 use crate::sysctl;
@@ -28,6 +29,10 @@ pub(crate) struct Base {
     pub(crate) mac: MacAddr,
     /// What it and all its ports have, this pod's included.
     pub(crate) mtu: Mtu,
+    /// The pods' VLAN.
+    vlan: Option<VlanId>,
+    /// What has the gateways' addresses in the pods' VLAN, where that is not the bridge.
+    gateway: Option<Gateway>,
     hairpin: bool,
     created: bool,
     was_down: bool,
@@ -75,6 +80,8 @@ pub(crate) fn ensure(
             name: name.to_owned(),
             mac: bridge.mac,
             mtu: bridge.mtu,
+            vlan: options.vlan,
+            gateway: None,
             hairpin: options.hairpin,
             created: true,
             was_down: false,
@@ -127,6 +134,8 @@ fn adopt(
         name: name.clone(),
         mac,
         mtu,
+        vlan: options.vlan,
+        gateway: None,
         hairpin: options.hairpin,
         created: false,
         was_down: false,
@@ -189,7 +198,7 @@ fn no_bridge(name: &str) -> CniError {
 }
 
 /// Random, for bridges of the same name on two nodes may come to be connected.
-fn random_mac() -> Result<MacAddr> {
+pub(super) fn random_mac() -> Result<MacAddr> {
     const SOURCE: &str = "/proc/sys/kernel/random/uuid";
     let error = |what: &dyn std::fmt::Display| CniError::new(Code::IO, format!("{SOURCE}: {what}"));
     let text = fs::read_to_string(SOURCE).map_err(|e| error(&e))?;
@@ -220,6 +229,10 @@ pub(crate) fn configure(
         host.route
             .execute(Batch::new().set_hairpin(pair.host.index, true))?;
     }
+    if let Some(vlan) = base.vlan.filter(|_| !plan.gateways.is_empty()) {
+        let bridge = (base.index, base.name.as_str());
+        base.gateway = Some(vlan::ensure(host, bridge, vlan, base.mtu)?);
+    }
     add_gateways(host, base, plan)?;
     check_mtu(host, base)?;
     // Who had these addresses before had another MAC.
@@ -243,10 +256,14 @@ fn add_gateways(host: &mut Side, base: &mut Base, plan: &Plan) -> Result<()> {
     if plan.gateways.is_empty() {
         return Ok(());
     }
+    let (index, name) = match &base.gateway {
+        Some(gateway) => (gateway.index, &gateway.name),
+        None => (base.index, &base.name),
+    };
     if plan.has(true) {
-        sysctl::enable_v6(&base.name)?;
+        sysctl::enable_v6(name)?;
     }
-    let present = host.route.addresses(base.index)?;
+    let present = host.route.addresses(index)?;
     for gateway in &plan.gateways {
         if present.contains(gateway) {
             continue;
@@ -256,14 +273,13 @@ fn add_gateways(host: &mut Side, base: &mut Base, plan: &Plan) -> Result<()> {
             .find(|other| other.trunc() == gateway.trunc())
         {
             let msg = format!(
-                "bridge {} has the address {other}, not the gateway {gateway} of the pods; remove it, or name it as the gateway in ipam",
-                base.name
+                "{name} has the address {other}, not the gateway {gateway} of the pods; remove it, or name it as the gateway in ipam"
             );
             return Err(CniError::new(Code::CONFIG, msg));
         }
         match host
             .route
-            .execute(Batch::new().add_address(base.index, *gateway, false))
+            .execute(Batch::new().add_address(index, *gateway, false))
         {
             Ok(()) => base.added.push(*gateway),
             // The ADD of another pod was faster.
@@ -294,15 +310,27 @@ fn check_mtu(host: &mut Side, base: &Base) -> Result<()> {
 pub(crate) fn release(host: &mut Side, base: &Base) -> Result<()> {
     let untouched =
         !base.created && !base.was_down && !base.was_unfiltered && base.added.is_empty();
-    if untouched || !host.route.ports(base.index)?.is_empty() {
+    let own = base.gateway.as_ref().and_then(|gateway| gateway.port);
+    let gateway_created = base.gateway.as_ref().is_some_and(|gateway| gateway.created);
+    if (untouched && !gateway_created)
+        || !(host.route.ports(base.index)?.iter()).all(|port| Some(port.index) == own)
+    {
         return Ok(());
+    }
+    if let Some(port) = own.filter(|_| gateway_created) {
+        wire::delete(host, port)?;
     }
     if base.created {
         return wire::delete(host, base.index);
     }
     let mut batch = Batch::new();
-    for address in &base.added {
-        batch.delete_address(base.index, *address);
+    // With a link that is gone its addresses are.
+    for address in base.added.iter().filter(|_| !gateway_created) {
+        let index = base
+            .gateway
+            .as_ref()
+            .map_or(base.index, |gateway| gateway.index);
+        batch.delete_address(index, *address);
     }
     if base.was_unfiltered {
         batch.set_vlan_filtering(base.index, false);

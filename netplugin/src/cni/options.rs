@@ -8,11 +8,12 @@ use super::env::{Call, is_ifname};
 use super::error::{CniError, Code, Result};
 use super::ipam::{self, RouteConfig};
 use super::json::{boolean, is_empty, number, object, string};
+use crate::bridge::vlan::gateway_name;
 use crate::poller::PollerOptions;
 use crate::sysctl::PodSysctl;
 
 /// Packets that a qdisc holds and the transmit queue length of both ends, unless the config says otherwise.
-const DEFAULT_TX_QUEUE_LEN: u32 = 1000;
+pub(crate) const DEFAULT_TX_QUEUE_LEN: u32 = 1000;
 const MAX_TX_QUEUE_LEN: u32 = 1_000_000;
 const MODES: &str = "\"routed\", \"bridge\", \"tune\"";
 const DEFAULT_BRIDGE: &str = "kbp0";
@@ -132,16 +133,19 @@ fn mode(json: &Map<String, Value>, is_default_gateway: bool) -> Result<Mode> {
             let vlan = vlan.and_then(|vlan| u16::try_from(vlan).ok());
             let vlan = vlan.filter(|vlan| *vlan > 0).map(VlanId);
             let is_gateway = is_default_gateway || boolean(json, "isGateway")?;
-            if let Some(vlan) = vlan.filter(|_| is_gateway) {
-                let msg = format!(
-                    "vlan: {vlan} is not supported together with isGateway or isDefaultGateway; a VLAN's gateway is a router in it, named as the gateway in ipam"
-                );
-                return unsupported(msg);
-            }
             const NAMES: &str = "the name of a bridge, 1 to 15 bytes";
             let name = string(json, "bridge", NAMES)?.unwrap_or(DEFAULT_BRIDGE);
             if !is_ifname(name) {
                 return Err(CniError::config("bridge", &json!(name), NAMES));
+            }
+            if let Some(vlan) = vlan.filter(|_| is_gateway) {
+                let gateway = gateway_name(name, vlan);
+                if !is_ifname(&gateway) {
+                    let allowed = format!(
+                        "a shorter name: with isGateway in VLAN {vlan} there is also {gateway}, which has to have at most 15 bytes"
+                    );
+                    return Err(CniError::config("bridge", &json!(name), &allowed));
+                }
             }
             Ok(Mode::Bridge(BridgeOptions {
                 name: name.to_owned(),
@@ -280,9 +284,9 @@ mod tests {
                 ["mode", "\"ipvlan\"", "\"routed\""],
             ),
             (
-                json!({ "mode": "bridge", "vlan": 7, "isGateway": true }),
-                Code::UNSUPPORTED,
-                ["vlan", "7", "isGateway"],
+                json!({ "mode": "bridge", "bridge": "fourteen-bytes", "vlan": 7, "isGateway": true }),
+                Code::CONFIG,
+                ["bridge", "fourteen-bytes.7", "15 bytes"],
             ),
             (
                 json!({ "mode": "bridge", "vlan": 4095 }),

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::lifecycle::with_result;
 use crate::traffic::{ip, path_mtu, tcp_transfer, udp_arrives, udp_echo};
-use crate::world::{HOST_V4, OUTSIDE_V4, OUTSIDE_V6, Pod, UPLINK_MTU, World};
+use crate::world::{HOST_V4, HOST_V6, OUTSIDE_V4, OUTSIDE_V6, Pod, UPLINK_MTU, World, address};
 
 fn gateway(world: &World, more: Value) -> Value {
     let mut config = world.config("1.1.0", json!({ "mode": "bridge", "isGateway": true }));
@@ -343,11 +343,70 @@ fn pods_of_one_vlan_reach_each_other_and_no_other() {
 }
 
 #[test]
+fn the_gateway_of_a_vlan_is_a_link_of_its_own() {
+    let world = World::new();
+    let [a, b, other] = ["pod-a", "pod-b", "other"].map(Pod::new);
+    let in_vlan = |vlan: u16, n: u16| {
+        let name = format!("net{n}");
+        let more = json!({ "bridge": "sw0", "vlan": vlan, "name": name });
+        let mut config = gateway(&world, more);
+        config["ipam"]["ranges"] = json!([
+            [{ "subnet": format!("10.{n}.0.0/16") }],
+            [{ "subnet": format!("fd{n}::/64") }],
+        ]);
+        config
+    };
+    let config = in_vlan(7, 71);
+    if !filters_vlans() {
+        let named = ["vlan: 7", "CONFIG_BRIDGE_VLAN_FILTERING"];
+        failing_add(&world, &a, &config, 2, &named);
+        return;
+    }
+    world.forward();
+    // What fails after the gateway was made leaves neither it nor the bridge.
+    let mut refused = config.clone();
+    refused["sysctl"] = json!({ "net.ipv4.kbp_never": "1" });
+    failing_add(&world, &a, &refused, 5, &["net/ipv4/kbp_never"]);
+
+    let result = world.add(&a, &config);
+    let of_b = address(&world.add(&b, &config), 1);
+    let of_other = address(&world.add(&other, &in_vlan(8, 72)), 0);
+    for (pod, to) in [
+        (&a, ["10.71.0.1", "fd71::1"]),
+        (&b, ["10.71.0.1", "fd71::1"]),
+        (&other, ["10.72.0.1", "fd72::1"]),
+    ] {
+        for gateway in to {
+            udp_echo(&pod.netns, &world.host, ip(gateway), 1000);
+        }
+        // Masqueraded, by the gateway.
+        for (outside, seen) in [(OUTSIDE_V4, HOST_V4), (OUTSIDE_V6, HOST_V6)] {
+            let from = udp_echo(&pod.netns, &world.outside, ip(outside), 1000);
+            assert_eq!(from, ip(seen));
+        }
+    }
+    // From VLAN to VLAN over both gateways.
+    udp_echo(&a.netns, &other.netns, of_other, 1000);
+    udp_echo(&a.netns, &b.netns, of_b, 1000);
+    let check = with_result(&config, &result);
+    world.quiet("CHECK", &a, &check);
+    world.host_command("ip", &["address", "flush", "dev", "sw0.7"]);
+    world
+        .call("CHECK", &a, &check)
+        .assert_error(103, &["sw0.7 lacks the address 10.71.0.1"]);
+    for (pod, config) in [(&a, &config), (&b, &config), (&other, &in_vlan(8, 72))] {
+        world.quiet("DEL", pod, config);
+    }
+    // It stays, like the bridge, and is used again.
+    world.add(&a, &config);
+    udp_echo(&a.netns, &world.host, ip("10.71.0.1"), 1000);
+    world.quiet("DEL", &a, &config);
+}
+
+#[test]
 fn a_bridge_that_others_use_is_not_made_to_filter_vlans() {
     let world = World::new();
     let pods = ["pod-a", "pod-b"].map(Pod::new);
-    let gateway = gateway(&world, json!({ "bridge": "sw0", "vlan": 7 }));
-    failing_add(&world, &pods[0], &gateway, 2, &["vlan: 7", "isGateway"]);
     world.add(&pods[0], &in_vlan(&world, 0));
     let named = ["vlan: 7", "sw0", "vlan_filtering 1"];
     failing_add(&world, &pods[1], &in_vlan(&world, 7), 7, &named);
