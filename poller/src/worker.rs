@@ -3,6 +3,7 @@
 //! Workers poll host ends (pod → host); what polls the pod ends are the pod's own sockets. What a worker is on this kernel is found by
 //! trying: see [`kind`]. docs/kernels.md tells what that comes to.
 
+mod idle;
 mod kind;
 mod kthread;
 mod socket;
@@ -19,6 +20,7 @@ use crate::claim::{self, Claim, Site};
 use crate::config::Config;
 use crate::policy::WorkerPolicy;
 use crate::state::WorkerState;
+use idle::IdleStay;
 pub(crate) use kind::Target;
 use kind::{Poller, Seat};
 pub(crate) use socket::learn;
@@ -29,8 +31,12 @@ pub const LEASE: Duration = Duration::from_millis(200);
 /// A worker that has been made; it sleeps until its lease is started.
 #[derive(Debug)]
 pub(crate) struct Worker {
+    /// Ends before its thread does.
+    _idle: Option<IdleStay>,
     poller: Box<dyn Poller>,
     pub(crate) state: WorkerState,
+    /// What is not as one would think of a worker of this policy.
+    pub(crate) caveat: Option<String>,
     /// Keeps the CPU while the worker lives.
     _claim: Option<Claim>,
 }
@@ -108,10 +114,8 @@ impl Plan {
 pub(crate) fn unwanted(asked: WorkerPolicy, pool: &CpuSet, sockets: &Sockets) -> Option<String> {
     match asked {
         WorkerPolicy::None => Some("none asked for".to_owned()),
-        // Not idle. Beside polling sockets an idle-class worker gained little (1 ms between requests: p50 55 instead
-        // of 60 µs, for 5.6 times the CPU time), took 14 % of bulk TCP, and on shared CPUs 34 %, with p99.9 at 4 ms
-        // instead of 70 µs. Without them (window off, one round) p50 was 0.7 to 0.9 of stock and p99.9 8 times it.
-        // docs/architecture.md has the table.
+        // Not idle. Beside polling sockets an idle-class worker gives what a spinner gives, a CPU that does not halt, and
+        // only between requests that are far apart; for that it takes a CPU or two. docs/architecture.md has the table.
         WorkerPolicy::Auto if pool.is_empty() => Some(format!(
             "auto: the node has no CPU pool; {}",
             match sockets {
@@ -174,13 +178,12 @@ fn on_pool(policy: WorkerPolicy, why: &str, site: &Site<'_>, claim: crate::Resul
     }
 }
 
-/// Where an idle-class worker goes, best first. It gives way to everything else on its CPU, but while it runs its CPU
-/// does not halt and its caches are in use, so:
+/// Where an idle-class worker goes, best first. What it gives is that its CPU does not halt, so that whoever is woken there runs at
+/// once; to give way to everybody it costs its CPU's caches only. So:
 ///
 /// 1. not on CPUs that another kbp pod has for itself, while there are others;
-/// 2. where the fewest workers are: the gain comes from CPUs that stay awake, so they spread;
-/// 3. outside the pod's own cpuset, which its owner set aside for the application: on another CPU the worker takes
-///    packets off the sender's hands in parallel, while on the sender's it never runs when one is sent.
+/// 2. on the pod's own cpuset, where its threads are woken;
+/// 3. where the fewest workers are, so that they spread.
 fn idle_cpus(site: &Site<'_>) -> Vec<CpuId> {
     let online = &site.topology.online;
     let taken = crate::state::taken_by(site.pods, online);
@@ -194,8 +197,8 @@ fn idle_cpus(site: &Site<'_>) -> Vec<CpuId> {
     cpus.sort_by_key(|cpu| {
         (
             taken.contains(*cpu),
+            !own(*cpu),
             workers.get(cpu).copied().unwrap_or(0),
-            own(*cpu),
             *cpu,
         )
     });
@@ -218,7 +221,21 @@ pub(crate) fn make(
         _ => Scheduling::Other(0),
     };
     let (kind, poller) = kind::first_that_works(policy, Seat { cpu, scheduling }, config)?;
+    let (stay, caveat) = match scheduling {
+        Scheduling::Idle => match idle::enter(poller.thread_id()) {
+            Ok(stay) => (stay, None),
+            Err(why) => (
+                None,
+                Some(format!(
+                    "warning: it is idle towards its own cgroup only and can take half of the CPU from a container: {why}"
+                )),
+            ),
+        },
+        _ => (None, None),
+    };
     Ok(Worker {
+        _idle: stay,
+        caveat,
         state: WorkerState {
             kind: kind.to_string(),
             policy,
@@ -281,17 +298,18 @@ mod tests {
     }
 
     #[test]
-    fn idle_workers_keep_off_others_cpus_then_spread_then_keep_off_the_pods_own() {
+    fn idle_workers_keep_off_others_cpus_then_to_the_pods_own_then_spread() {
         use WorkerPolicy::{Dedicated, Idle};
         let on = |cpu| pod(None, Some((Idle, cpu)));
         for (cpuset, usable, pods, expected) in [
             (None, "0-3", vec![], [0, 1, 2, 3]),
             (None, "0-3", vec![on(0)], [1, 2, 3, 0]),
             (None, "0-3", vec![on(0), on(1), on(1)], [2, 3, 0, 1]),
-            (Some("0-1"), "0-3", vec![], [2, 3, 0, 1]),
+            (Some("2-3"), "0-3", vec![], [2, 3, 0, 1]),
             // A cpuset of every CPU is none of its own.
             (Some("0-3"), "0-3", vec![], [0, 1, 2, 3]),
-            (Some("0-1"), "0-3", vec![on(2), on(3)], [0, 1, 2, 3]),
+            (Some("2-3"), "0-3", vec![on(2)], [3, 2, 0, 1]),
+            (Some("2-3"), "0-3", vec![pod(Some("2"), None)], [3, 0, 1, 2]),
             (None, "0-3", vec![pod(Some("0"), None)], [1, 2, 3, 0]),
             (
                 None,

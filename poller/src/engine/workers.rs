@@ -87,11 +87,14 @@ impl Workers {
             } => (policy, cpu, claim, reason),
         };
         match self.slot(policy, cpu, claim, config) {
-            Ok((key, state)) => Placed {
-                worker: Some((key, state)),
-                reason,
-                degraded: None,
-            },
+            Ok((key, state)) => {
+                let caveat = self.slots.get(&key).and_then(|s| s.worker.caveat.as_ref());
+                Placed {
+                    reason: caveat.map_or(reason.clone(), |c| format!("{reason}; {c}")),
+                    worker: Some((key, state)),
+                    degraded: None,
+                }
+            }
             Err(reason) => Placed::failed(reason),
         }
     }

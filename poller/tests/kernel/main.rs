@@ -5,6 +5,7 @@ mod claims;
 mod daemon;
 mod events;
 mod find;
+mod idle;
 mod node;
 mod tool;
 mod uplink;

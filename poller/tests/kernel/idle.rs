@@ -1,0 +1,107 @@
+//! Idle-class workers give way to containers, which have cgroups of their own.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kbp_kernel::{CpuId, CpuSet, process};
+use kbp_poller::policy::WorkerPolicy;
+
+use crate::node::{Node, thread_lives, wait_parked, wait_until};
+
+/// Where the controller `cpu` of cgroup v1 is mounted on usual machines; None: it is version 2's.
+fn v1() -> Option<&'static Path> {
+    ["/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct"]
+        .into_iter()
+        .map(Path::new)
+        .find(|root| root.join("tasks").exists())
+}
+
+/// Something that wants a CPU all the time, in a cgroup as a container has one.
+struct Hog {
+    group: PathBuf,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Hog {
+    fn start(root: &Path, cpu: CpuId) -> Self {
+        let group = root.join(format!("kbp-poller-test-{}", std::process::id()));
+        std::fs::create_dir(&group).expect("make a cgroup");
+        let stop = Arc::new(AtomicBool::new(false));
+        let (tasks, stopped) = (group.join("tasks"), Arc::clone(&stop));
+        let thread = std::thread::spawn(move || {
+            // 0 is who writes.
+            std::fs::write(&tasks, "0").expect("enter the cgroup");
+            process::set_affinity(0, &CpuSet::from_iter([cpu])).expect("pin");
+            while !stopped.load(Ordering::Relaxed) {
+                std::hint::spin_loop();
+            }
+        });
+        Self {
+            group,
+            stop,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Hog {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let ended = self.thread.take().map(JoinHandle::join);
+        wait_until("the cgroup to be empty", || {
+            std::fs::remove_dir(&self.group).ok()
+        });
+        assert!(ended.is_none_or(|e| e.is_ok()), "the hog panicked");
+    }
+}
+
+#[test]
+fn an_idle_worker_gives_way_to_other_cgroups_or_the_state_says_that_it_does_not() {
+    let node = Node::new();
+    let attachment = node.attached(node.request("a", WorkerPolicy::Idle, ""));
+    let state = attachment.state();
+    assert_eq!(state.degraded, []);
+    let worker = state.worker.expect("a worker");
+    let groups = std::fs::read_to_string(format!("/proc/self/task/{}/cgroup", worker.tid));
+    let groups = groups.expect("the worker's cgroups");
+    let warned = state
+        .worker_reason
+        .contains("warning: it is idle towards its own cgroup only");
+    let Some(root) = v1() else {
+        assert!(warned, "{}", state.worker_reason);
+        return;
+    };
+    let group = root.join("kbp-idle");
+    assert!(!warned, "{}", state.worker_reason);
+    assert!(groups.contains(":/kbp-idle\n"), "{groups}");
+    let idle = std::fs::read_to_string(group.join("cpu.idle")).expect("cpu.idle");
+    assert_eq!(idle.trim(), "1");
+
+    let traffic = node.traffic();
+    let used = || process::cpu_time(std::process::id(), worker.tid).expect("cpu time");
+    let parked = used();
+    wait_until("the worker to run", || (used() > parked).then_some(()));
+    let hog = Hog::start(root, CpuId(worker.cpu));
+    let (before, since) = (used(), Instant::now());
+    std::thread::sleep(Duration::from_millis(500));
+    let share = (used() - before).as_secs_f64() / since.elapsed().as_secs_f64();
+    drop(hog);
+    // In an ordinary cgroup, or as a session of the root one, it would be a half.
+    assert!(share < 0.15, "{share}");
+    drop(traffic);
+    wait_parked(worker.tid);
+
+    attachment.detach().expect("detach");
+    wait_until("the thread to end", || {
+        (!thread_lives(worker.tid)).then_some(())
+    });
+    // Other idle workers of the machine may keep it.
+    wait_until("the cgroup to go, or to be another's", || {
+        let left = std::fs::read_to_string(group.join("tasks")).unwrap_or_default();
+        (!group.exists() || !left.is_empty()).then_some(())
+    });
+}
