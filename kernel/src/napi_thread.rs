@@ -28,8 +28,33 @@ impl NapiThread {
         cpu: CpuId,
         scheduling: Scheduling,
     ) -> Result<Self> {
+        Self::start_as(Threaded::BusyPoll, netns, link, napi, cpu, scheduling)
+    }
+
+    /// As [`NapiThread::start`], for a thread that sleeps until a packet wakes it.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start_sleeping(
+        netns: &Netns,
+        link: IfIndex,
+        napi: NapiId,
+        cpu: CpuId,
+        scheduling: Scheduling,
+    ) -> Result<Self> {
+        Self::start_as(Threaded::Enabled, netns, link, napi, cpu, scheduling)
+    }
+
+    fn start_as(
+        mode: Threaded,
+        netns: &Netns,
+        link: IfIndex,
+        napi: NapiId,
+        cpu: CpuId,
+        scheduling: Scheduling,
+    ) -> Result<Self> {
         let mut socket = NetdevSocket::open_in(netns)?;
-        set(&mut socket, napi, Threaded::BusyPoll)?;
+        set(&mut socket, napi, mode)?;
         // From here on dropping it takes it back.
         let mut thread = Self {
             socket,

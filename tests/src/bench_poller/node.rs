@@ -1,0 +1,253 @@
+//! The daemon with many pods on one shared worker: what attaching, keeping and losing it cost.
+
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use kbp_kernel::netns::Netns;
+use kbp_kernel::process;
+use kbp_kernel::{CpuId, CpuSet};
+use kbp_poller::api::{self, AttachRequest};
+use kbp_poller::client::{Attached, Client};
+use kbp_tests::bench::cpu::Placement;
+use kbp_tests::binaries::kbp_binary;
+use kbp_tests::{Sandbox, wait_until};
+use serde::Serialize;
+
+use crate::road::{Latency, Road};
+use crate::stats::median;
+use crate::veths::{Node, Pod};
+
+/// Longest wait for anything of the daemon's.
+const LIMIT: Duration = Duration::from_secs(20);
+const PODS: u8 = 100;
+/// As many as the goal for an idle node speaks of.
+const SILENT: u8 = 50;
+/// Longer than a lease and than the longest time between two looks at a silent pod.
+const SILENCE: Duration = Duration::from_millis(1000);
+/// Packets of all pods after a silence: so often.
+const WAKES: usize = 4;
+
+/// What one run found.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(crate) struct Sample {
+    pub(crate) attach_p50_ms: f64,
+    pub(crate) attach_max_ms: f64,
+    pub(crate) detach_p50_ms: f64,
+    pub(crate) detach_max_ms: f64,
+    pub(crate) kib_a_pod: f64,
+    /// Share of one core that the daemon and its worker used, with nobody talking.
+    pub(crate) silent_50_pods: f64,
+    /// The first packet of a pod after a silence, over all pods.
+    pub(crate) first_stock: Latency,
+    pub(crate) first_kbp: Latency,
+    /// Packets after the daemon was killed, and over a stock veth.
+    pub(crate) killed: Latency,
+    pub(crate) stock: Latency,
+}
+
+struct Daemon {
+    child: Child,
+    dir: PathBuf,
+}
+
+impl Daemon {
+    fn start(node: &Node, sandbox: &Sandbox, cpu: CpuId) -> Result<Self> {
+        let dir = sandbox.dir().join("poller");
+        let config = sandbox.dir().join("poller.toml");
+        std::fs::write(&config, format!("state-dir = {dir:?}\ncpus = \"{cpu}\"\n"))
+            .with_context(|| format!("write {}", config.display()))?;
+        let mut command = Command::new(kbp_binary("kbp-poller")?);
+        command
+            .arg("serve")
+            .arg("--config")
+            .arg(&config)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let child = node.netns.run(|| command.spawn())?;
+        let daemon = Self {
+            child: child.context("start kbp-poller")?,
+            dir,
+        };
+        let ready = daemon.dir.join(api::READY);
+        let pid = format!("{}\n", daemon.child.id());
+        wait_until(
+            "the daemon to serve",
+            LIMIT,
+            || match std::fs::read_to_string(&ready) {
+                Ok(text) if text == pid => Ok(()),
+                other => Err(format!("{other:?}")),
+            },
+        )?;
+        Ok(daemon)
+    }
+
+    fn client(&self) -> Result<Client> {
+        Ok(Client::connect(&self.dir.join(api::SOCKET), LIMIT)?)
+    }
+
+    fn resident_kib(&self) -> Result<f64> {
+        let path = format!("/proc/{}/status", self.child.id());
+        let status = std::fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+        let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));
+        let number = line.and_then(|l| l.split_whitespace().next());
+        number.context("no VmRSS")?.parse().context("VmRSS")
+    }
+
+    /// CPU time of all its threads, the worker's included.
+    fn cpu_time(&self) -> Result<Duration> {
+        let pid = self.child.id();
+        let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).context("its threads")?;
+        let tids = tasks.filter_map(|t| t.ok()?.file_name().to_str()?.parse().ok());
+        let mut sum = Duration::ZERO;
+        for tid in tids {
+            sum += process::cpu_time(pid, tid)?;
+        }
+        Ok(sum)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn request(pod: &Pod) -> AttachRequest {
+    AttachRequest {
+        id: format!("pod{}", pod.number),
+        namespace: "bench".to_owned(),
+        netns: path_of(&pod.netns),
+        worker: "shared".to_owned(),
+        bound: true,
+        ..AttachRequest::default()
+    }
+}
+
+/// The path by which another process reaches a namespace of this one.
+fn path_of(netns: &Netns) -> String {
+    let fd = netns.as_fd().as_raw_fd();
+    format!("/proc/{}/fd/{fd}", std::process::id())
+}
+
+fn attach(client: &mut Client, pods: &[Pod]) -> Result<Vec<f64>> {
+    let mut times = Vec::new();
+    for pod in pods {
+        client.renew(LIMIT);
+        let begin = Instant::now();
+        match client.attach(&request(pod))? {
+            Attached::Pod(state) => {
+                times.push(begin.elapsed().as_secs_f64() * 1000.0);
+                ensure!(state.degraded.is_empty(), "{:?}", state.degraded);
+            }
+            other => bail!("a pod was not attached: {other:?}"),
+        }
+    }
+    Ok(times)
+}
+
+fn detach(client: &mut Client, pods: &[Pod]) -> Result<Vec<f64>> {
+    let mut times = Vec::new();
+    for pod in pods {
+        client.renew(LIMIT);
+        let begin = Instant::now();
+        let there = client.detach("bench", &format!("pod{}", pod.number), false)?;
+        times.push(begin.elapsed().as_secs_f64() * 1000.0);
+        ensure!(there, "pod {} was not attached", pod.number);
+    }
+    Ok(times)
+}
+
+/// One packet of every pod, each after a silence.
+fn first_packets(roads: &mut [Road]) -> Result<Latency> {
+    let mut all = Road::histogram()?;
+    for _ in 0..WAKES {
+        // Not to await anything: the silence is what is measured.
+        std::thread::sleep(SILENCE);
+        for road in roads.iter_mut() {
+            all.record(road.one()?)?;
+        }
+    }
+    Ok(Latency::of(&all))
+}
+
+pub(crate) fn measure(sandbox: &Sandbox, place: Placement, seconds: f64) -> Result<Sample> {
+    std::thread::scope(|scope| {
+        let measured = scope.spawn(|| {
+            // The worker has the other CPU.
+            process::set_affinity(0, &CpuSet::from_iter([place.client]))?;
+            on_cpu(sandbox, place.server, seconds)
+        });
+        measured
+            .join()
+            .map_err(|_| anyhow::anyhow!("the bench of the daemon panicked"))?
+    })
+}
+
+fn on_cpu(sandbox: &Sandbox, worker: CpuId, seconds: f64) -> Result<Sample> {
+    let roads = |node: &Node, pods: &[Pod]| -> Result<Vec<Road>> {
+        pods.iter().map(|p| Road::new(node, p, worker)).collect()
+    };
+    let make = |node: &Node| -> Result<Vec<Pod>> {
+        (0..PODS).map(|number| node.pod(number, false)).collect()
+    };
+    let stock_node = Node::new()?;
+    let stock_pods = make(&stock_node)?;
+    let mut stock_roads = roads(&stock_node, &stock_pods)?;
+
+    let node = Node::new()?;
+    let pods = make(&node)?;
+    let daemon = Daemon::start(&node, sandbox, worker)?;
+    let mut client = daemon.client()?;
+    let (first, rest) = pods.split_first().context("there are pods")?;
+    // What is allocated once is not a pod's.
+    attach(&mut client, std::slice::from_ref(first))?;
+    let before = daemon.resident_kib()?;
+    let attach_ms = attach(&mut client, rest)?;
+    let kib_a_pod = (daemon.resident_kib()? - before) / f64::from(PODS - 1);
+
+    let mut kbp_roads = roads(&node, &pods)?;
+    // The first of all resolves nothing and has every cache cold: it is no wake-up.
+    for road in stock_roads.iter_mut().chain(&mut kbp_roads) {
+        road.one()?;
+    }
+    let first_stock = first_packets(&mut stock_roads)?;
+    let first_kbp = first_packets(&mut kbp_roads)?;
+
+    let (kept, gone) = pods.split_at(usize::from(SILENT));
+    let detach_ms = detach(&mut client, gone)?;
+    std::thread::sleep(SILENCE);
+    let (used, since) = (daemon.cpu_time()?, Instant::now());
+    std::thread::sleep(2 * SILENCE);
+    let silent_50_pods = (daemon.cpu_time()? - used).as_secs_f64() / since.elapsed().as_secs_f64();
+
+    ensure!(!kept.is_empty(), "pods are left");
+    let (road, stock) = (
+        kbp_roads.first_mut().context("a road")?,
+        stock_roads.first_mut().context("a road")?,
+    );
+    stock.singles(seconds)?;
+    let stock = stock.latency();
+    // In the middle of a ping-pong, so that the worker is awake.
+    road.singles(seconds)?;
+    drop(daemon);
+    road.singles(seconds)?;
+    let largest = |times: &[f64]| times.iter().copied().fold(0.0, f64::max);
+    Ok(Sample {
+        attach_p50_ms: median(attach_ms.iter().copied()).unwrap_or_default(),
+        attach_max_ms: largest(&attach_ms),
+        detach_p50_ms: median(detach_ms.iter().copied()).unwrap_or_default(),
+        detach_max_ms: largest(&detach_ms),
+        kib_a_pod,
+        silent_50_pods,
+        first_stock,
+        first_kbp,
+        killed: road.latency(),
+        stock,
+    })
+}

@@ -1,0 +1,276 @@
+//! Tables, and the medians as JSON.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+
+use kbp_tests::bench::Machine;
+use serde_json::{Value, json};
+
+use crate::directions::{self, Ends};
+use crate::node;
+use crate::programs::{Arm, Sample, Situation, Workload};
+use crate::road;
+use crate::stats::{Latency, median};
+use crate::workers::{self, Kind};
+
+/// Everything that was measured, a sample a round.
+#[derive(Debug, Default)]
+pub(crate) struct Results {
+    pub(crate) machine: Machine,
+    /// Share of the CPU time before the start.
+    pub(crate) other_work: f64,
+    pub(crate) rounds: u32,
+    pub(crate) programs: BTreeMap<(Situation, Workload, Arm), Vec<Sample>>,
+    pub(crate) workers: BTreeMap<(Kind, u8), Vec<workers::Sample>>,
+    /// Why this kernel has it not.
+    pub(crate) wanting: BTreeMap<Kind, String>,
+    pub(crate) ends: BTreeMap<(Ends, u32), Vec<directions::Sample>>,
+    pub(crate) daemon: Vec<node::Sample>,
+}
+
+/// A median of nothing is no figure.
+fn over<T>(samples: &[T], field: impl Fn(&T) -> f64) -> f64 {
+    median(samples.iter().map(field)).unwrap_or(f64::NAN)
+}
+
+impl Results {
+    /// For the file: each measurement with its medians and its rounds.
+    pub(crate) fn json(&self) -> Value {
+        let programs: Vec<_> = self
+            .programs
+            .iter()
+            .map(|((situation, workload, arm), samples)| {
+                json!({
+                    "situation": situation, "workload": workload.name(), "arm": arm.name(),
+                    "p50_us": of(samples, |l| l.p50), "p99_us": of(samples, |l| l.p99),
+                    "p99_9_us": of(samples, |l| l.p99_9),
+                    "gbit_per_second": median(samples.iter().filter_map(|s| s.gbit_per_second)),
+                    "cpus": over(samples, |s| s.cpus),
+                    "rounds": samples,
+                })
+            })
+            .collect();
+        let workers: Vec<_> = self
+            .workers
+            .iter()
+            .map(|((kind, veths), samples)| {
+                json!({
+                    "kind": kind.name(), "veths": veths,
+                    "p50_us": over(samples, |s| s.latency.p50_us),
+                    "p99_us": over(samples, |s| s.latency.p99_us),
+                    "p99_9_us": over(samples, |s| s.latency.p99_9_us),
+                    "taken": over(samples, |s| s.taken),
+                    "sent_per_second": over(samples, |s| s.sent_per_second),
+                    "delivered_per_second": over(samples, |s| s.delivered_per_second),
+                    "lost": over(samples, |s| s.lost as f64),
+                    "cpus": over(samples, |s| s.cpus),
+                    "rounds": samples,
+                })
+            })
+            .collect();
+        let ends: Vec<_> = self
+            .ends
+            .iter()
+            .map(|((ends, pause), samples)| {
+                json!({
+                    "polled": ends.name(), "pause_us": pause,
+                    "p50_us": over(samples, |s| s.latency.p50_us),
+                    "p99_us": over(samples, |s| s.latency.p99_us),
+                    "p99_9_us": over(samples, |s| s.latency.p99_9_us),
+                    "cpus": over(samples, |s| s.cpus),
+                    "rounds": samples,
+                })
+            })
+            .collect();
+        let wanting: BTreeMap<&str, &String> = self
+            .wanting
+            .iter()
+            .map(|(kind, why)| (kind.name(), why))
+            .collect();
+        json!({
+            "machine": self.machine, "other_work": self.other_work, "rounds": self.rounds,
+            "programs": programs, "workers": workers, "wanting": wanting, "ends": ends,
+            "daemon": self.daemon,
+        })
+    }
+}
+
+/// All tables.
+pub(crate) fn tables(results: &Results) -> String {
+    let parts = [
+        programs(results),
+        workers(results),
+        ends(results),
+        daemon(&results.daemon),
+    ];
+    parts.concat()
+}
+
+fn programs(results: &Results) -> String {
+    let results = &results.programs;
+    let mut text = String::new();
+    let situations: BTreeSet<Situation> = results.keys().map(|k| k.0).collect();
+    for situation in situations {
+        let arms: BTreeSet<Arm> = results.keys().map(|k| k.2).collect();
+        let workloads: BTreeSet<Workload> = results.keys().map(|k| k.1).collect();
+        // Writing to a String cannot fail.
+        let _ = writeln!(
+            text,
+            "{situation:?} CPUs: p50 / p99 / p99.9 in µs, or Gbit/s; in brackets the CPUs that were busy\n"
+        );
+        let head: Vec<String> = arms.iter().map(|a| a.name()).collect();
+        let _ = writeln!(text, "| workload | {} |", head.join(" | "));
+        let _ = writeln!(text, "|---|{}", "---:|".repeat(arms.len()));
+        for workload in workloads {
+            let cells: Vec<String> = arms
+                .iter()
+                .map(|arm| {
+                    let samples = results.get(&(situation, workload, *arm));
+                    samples.map_or_else(|| "–".to_owned(), |s| cell(s))
+                })
+                .collect();
+            let _ = writeln!(text, "| {} | {} |", workload.name(), cells.join(" | "));
+        }
+        text.push('\n');
+    }
+    text
+}
+
+fn of(samples: &[Sample], field: fn(&Latency) -> f64) -> Option<f64> {
+    median(samples.iter().filter_map(|s| s.latency.as_ref()).map(field))
+}
+
+fn cell(samples: &[Sample]) -> String {
+    let cpus = over(samples, |s| s.cpus);
+    match (
+        of(samples, |l| l.p50),
+        of(samples, |l| l.p99),
+        of(samples, |l| l.p99_9),
+        median(samples.iter().filter_map(|s| s.gbit_per_second)),
+    ) {
+        (Some(p50), Some(p99), Some(p99_9), _) => {
+            format!("{p50:.1} / {p99:.0} / {p99_9:.0} ({cpus:.2})")
+        }
+        (_, _, _, Some(rate)) => format!("{rate:.1} ({cpus:.2})"),
+        _ => "–".to_owned(),
+    }
+}
+
+fn latency<T>(samples: &[T], field: impl Fn(&T) -> road::Latency) -> String {
+    format!(
+        "{:.1} / {:.1} / {:.0}",
+        over(samples, |s| field(s).p50_us),
+        over(samples, |s| field(s).p99_us),
+        over(samples, |s| field(s).p99_9_us)
+    )
+}
+
+fn workers(results: &Results) -> String {
+    if results.workers.is_empty() {
+        return String::new();
+    }
+    let mut text = "64-byte datagrams, pod → host, the sender on one CPU and the worker on another; latency in µs from send to receive, p50 / p99 / p99.9\n\n\
+        | worker | veths | latency | taken by the worker | sent a second | delivered a second | lost | CPUs |\n|---|---:|---:|---:|---:|---:|---:|---:|\n"
+        .to_owned();
+    for ((kind, veths), samples) in &results.workers {
+        let _ = writeln!(
+            text,
+            "| {} | {veths} | {} | {:.0} % | {:.0} | {:.0} | {:.0} | {:.2} |",
+            kind.name(),
+            latency(samples, |s| s.latency),
+            100.0 * over(samples, |s| s.taken),
+            over(samples, |s| s.sent_per_second),
+            over(samples, |s| s.delivered_per_second),
+            over(samples, |s| s.lost as f64),
+            over(samples, |s| s.cpus),
+        );
+    }
+    for (kind, why) in &results.wanting {
+        let _ = writeln!(text, "\nNo {}: {why}", kind.name());
+    }
+    text.push('\n');
+    text
+}
+
+fn ends(results: &Results) -> String {
+    if results.ends.is_empty() {
+        return String::new();
+    }
+    let mut text = "Round trips between two pods on a CPU each, sockets with a window of 20 µs, idle-class workers on both CPUs: p50 / p99 / p99.9 in µs (CPUs)\n\n\
+        | polled | no pause | 1 ms pause |\n|---|---:|---:|\n"
+        .to_owned();
+    for ends in Ends::ALL {
+        let cells: Vec<String> = [0, 1000]
+            .iter()
+            .map(|pause| match results.ends.get(&(ends, *pause)) {
+                None => "–".to_owned(),
+                Some(samples) => format!(
+                    "{} ({:.2})",
+                    latency(samples, |s| s.latency),
+                    over(samples, |s| s.cpus)
+                ),
+            })
+            .collect();
+        let _ = writeln!(text, "| {} | {} |", ends.name(), cells.join(" | "));
+    }
+    text.push('\n');
+    text
+}
+
+fn daemon(samples: &[node::Sample]) -> String {
+    if samples.is_empty() {
+        return String::new();
+    }
+    let mut text = "100 pods on one shared worker of the daemon\n\n| | |\n|---|---:|\n".to_owned();
+    let mut row = |what: &str, value: String| {
+        let _ = writeln!(text, "| {what} | {value} |");
+    };
+    let pair = |p50: fn(&node::Sample) -> f64, max: fn(&node::Sample) -> f64| {
+        format!("{:.2} / {:.2} ms", over(samples, p50), over(samples, max))
+    };
+    row(
+        "attach, p50 / max",
+        pair(|s| s.attach_p50_ms, |s| s.attach_max_ms),
+    );
+    row(
+        "detach, p50 / max",
+        pair(|s| s.detach_p50_ms, |s| s.detach_max_ms),
+    );
+    row(
+        "memory a pod",
+        format!("{:.1} KiB", over(samples, |s| s.kib_a_pod)),
+    );
+    row(
+        "50 silent pods",
+        format!(
+            "{:.2} % of a core",
+            100.0 * over(samples, |s| s.silent_50_pods)
+        ),
+    );
+    let ratio = |a: fn(&node::Sample) -> f64, b: fn(&node::Sample) -> f64| {
+        format!("{:.2}", over(samples, |s| a(s) / b(s)))
+    };
+    row(
+        "first packet after a silence, stock",
+        latency(samples, |s| s.first_stock),
+    );
+    row(
+        "first packet after a silence, attached",
+        latency(samples, |s| s.first_kbp),
+    );
+    row(
+        "its p99 to stock's",
+        ratio(|s| s.first_kbp.p99_us, |s| s.first_stock.p99_us),
+    );
+    row("packet on a stock veth", latency(samples, |s| s.stock));
+    row(
+        "packet after kill -9 of the daemon",
+        latency(samples, |s| s.killed),
+    );
+    row(
+        "its p99 to stock's",
+        ratio(|s| s.killed.p99_us, |s| s.stock.p99_us),
+    );
+    text.push('\n');
+    text
+}
