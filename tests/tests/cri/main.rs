@@ -164,9 +164,14 @@ impl Node<'_> {
     }
 
     fn run(&self, config: &SandboxConfig) -> Result<String, String> {
+        self.run_under("kbp", config)
+    }
+
+    /// An empty handler is the stock one.
+    fn run_under(&self, handler: &str, config: &SandboxConfig) -> Result<String, String> {
         let request = RunSandbox {
             config: Some(config.clone()),
-            handler: "kbp".to_owned(),
+            handler: handler.to_owned(),
         };
         self.call::<Id>("RuntimeService/RunPodSandbox", &request)
             .map(|answer| answer.id)
@@ -189,7 +194,17 @@ impl Node<'_> {
             }),
             command: Vec::new(),
             log_path: format!("{name}.log"),
-            linux: resources.map(|r| LinuxContainer { resources: Some(r) }),
+            // In the namespaces of its pod.
+            linux: Some(LinuxContainer {
+                resources,
+                security_context: config
+                    .linux
+                    .as_ref()
+                    .and_then(|linux| linux.security_context.clone())
+                    .map(|context| ContainerSecurity {
+                        namespaces: context.namespaces,
+                    }),
+            }),
         };
         let request = CreateContainer {
             sandbox: sandbox.to_owned(),
@@ -504,6 +519,39 @@ fn the_handlers_options_on_v2() {
     the_handlers_options(Generation::V2);
 }
 
+/// kbp's shim in the place of the stock one: the handler keeps the stock runtime's type and options, and names the binary.
+fn a_drop_in(generation: Generation) {
+    let shim = bin_dir().expect("binaries").join("containerd-shim-kbp-v1");
+    let edit = |handler: String| {
+        assert!(handler.contains("\"io.containerd.kbp.v1\"") && handler.contains("runtimes.kbp]"));
+        let family = match generation {
+            Generation::V2 => "io.containerd.cri.v1.runtime",
+            _ => "io.containerd.grpc.v1.cri",
+        };
+        let path = format!("\"io.containerd.runc.v2\"\n  runtime_path = {shim:?}");
+        format!(
+            "{}\n[plugins.{family:?}.containerd.runtimes.kbp.options]\n  BinaryName = \"runc\"\n  NoNewKeyring = true\n",
+            handler.replace("\"io.containerd.kbp.v1\"", &path)
+        )
+    };
+    on_node(generation, edit, |node| {
+        let config = node.sandbox_config("pod", &[("kbp.io/busy-poll", "61")]);
+        let pod = node
+            .run(&config)
+            .unwrap_or_else(|e| panic!("{e}\n{}", node.containerd.log()));
+        let container = node.container(&pod, &config, "app", None);
+        node.wait_for_window(&container, 61);
+        node.ask(&node.ip(&pod));
+        assert!(node.state(&pod).degraded.is_empty());
+        node.remove(&pod);
+    });
+}
+
+#[test]
+fn a_drop_in_on_v2() {
+    a_drop_in(Generation::V2);
+}
+
 /// The kubelet gives a container CPUs of its own, and takes them back while it runs.
 #[test]
 fn cpus_come_and_go() {
@@ -558,7 +606,10 @@ fn a_host_network_pod() {
             |handler| handler,
             |node| {
                 let mut config = node.sandbox_config("pod", &[]);
-                let namespaces = Namespaces { network: 2 };
+                let namespaces = Namespaces {
+                    network: 2,
+                    users: None,
+                };
                 let linux = config.linux.as_mut().expect("linux");
                 linux.security_context = Some(SecurityContext {
                     namespaces: Some(namespaces),
@@ -577,4 +628,71 @@ fn a_host_network_pod() {
             },
         );
     }
+}
+
+/// A pod with user ids of its own, as the kubelet asks for it (`hostUsers: false`): its root is nobody outside, and its sockets poll.
+fn a_pod_of_other_users(generation: Generation) {
+    const OUTSIDE: u32 = 300_000;
+    on_node(
+        generation,
+        |handler| handler,
+        |node| {
+            // The stock handler shows that the machine can do it.
+            for handler in ["", "kbp"] {
+                let mut config = node.sandbox_config("pod", &[("kbp.io/busy-poll", "61")]);
+                let range = IdRange {
+                    outside: OUTSIDE,
+                    inside: 0,
+                    count: 65_536,
+                };
+                let users = Users {
+                    mode: 0,
+                    uids: vec![range.clone()],
+                    gids: vec![range],
+                };
+                let linux = config.linux.as_mut().expect("linux");
+                linux.security_context = Some(SecurityContext {
+                    namespaces: Some(Namespaces {
+                        network: 0,
+                        users: Some(users),
+                    }),
+                });
+                let pod = node
+                    .run_under(handler, &config)
+                    .unwrap_or_else(|e| panic!("{handler:?}: {e}\n{}", node.containerd.log()));
+                let container = node.container(&pod, &config, "app", None);
+                let pid = node.pid(&container);
+                let map = std::fs::read_to_string(format!("/proc/{pid}/uid_map")).expect("map");
+                let map: Vec<&str> = map.split_whitespace().collect();
+                assert_eq!(map, ["0", &OUTSIDE.to_string(), "65536"]);
+                if handler == "kbp" {
+                    let state = node.state(&pod);
+                    assert!(state.degraded.is_empty(), "{state:#?}");
+                    node.wait_for_window(&container, 61);
+                }
+                node.ask(&node.ip(&pod));
+                // The image's files are its root's, and it may write beside them.
+                let script =
+                    "stat -c %u:%g /bin/busybox; echo x >/new; stat -c %u:%g /new; sleep 0.1";
+                let exec = ExecSync {
+                    container,
+                    command: ["sh", "-c", script].map(str::to_owned).to_vec(),
+                    timeout: 20,
+                };
+                let result: ExecResult = node.call("RuntimeService/ExecSync", &exec).expect("exec");
+                assert_eq!(
+                    String::from_utf8_lossy(&result.stdout),
+                    "0:0\n0:0\n",
+                    "{handler:?}: {}",
+                    String::from_utf8_lossy(&result.stderr)
+                );
+                node.remove(&pod);
+            }
+        },
+    );
+}
+
+#[test]
+fn a_pod_of_other_users_on_v1_7() {
+    a_pod_of_other_users(Generation::V1_7);
 }

@@ -26,6 +26,35 @@ pub(crate) struct SecurityContext {
 pub(crate) struct Namespaces {
     #[prost(int32, tag = "1")]
     pub(crate) network: i32,
+    #[prost(message, optional, tag = "5")]
+    pub(crate) users: Option<Users>,
+}
+
+/// A user namespace; mode 0: the pod's own.
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct Users {
+    #[prost(int32, tag = "1")]
+    pub(crate) mode: i32,
+    #[prost(message, repeated, tag = "2")]
+    pub(crate) uids: Vec<IdRange>,
+    #[prost(message, repeated, tag = "3")]
+    pub(crate) gids: Vec<IdRange>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct IdRange {
+    #[prost(uint32, tag = "1")]
+    pub(crate) outside: u32,
+    #[prost(uint32, tag = "2")]
+    pub(crate) inside: u32,
+    #[prost(uint32, tag = "3")]
+    pub(crate) count: u32,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct ContainerSecurity {
+    #[prost(message, optional, tag = "3")]
+    pub(crate) namespaces: Option<Namespaces>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -118,6 +147,8 @@ pub(crate) struct Resources {
 pub(crate) struct LinuxContainer {
     #[prost(message, optional, tag = "1")]
     pub(crate) resources: Option<Resources>,
+    #[prost(message, optional, tag = "2")]
+    pub(crate) security_context: Option<ContainerSecurity>,
 }
 
 #[derive(Clone, PartialEq, Message)]

@@ -34,21 +34,7 @@ use tokio::sync::watch;
 
 pub(crate) use self::shim::{Shim, exec_request};
 
-/// Environment variable that names the stock shim, to which the tests are to be put instead (`stock`).
-pub(crate) const STOCK: &str = "KBP_TEST_STOCK_SHIM";
-
-/// The shim that is tested.
-pub(crate) fn shim_binary() -> String {
-    std::env::var(STOCK).unwrap_or_else(|_| kbp_binary().to_owned())
-}
-
-pub(crate) fn kbp_binary() -> &'static str {
-    env!("CARGO_BIN_EXE_containerd-shim-kbp-v1")
-}
-
-fn is_stock() -> bool {
-    std::env::var_os(STOCK).is_some()
-}
+pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_containerd-shim-kbp-v1");
 pub(crate) const NAMESPACE: &str = "test";
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -216,7 +202,7 @@ impl World {
 
     /// The shim's binary in a bundle, with the environment that containerd gives it.
     pub(crate) fn binary(&self, id: &str, arguments: &[&str]) -> Command {
-        let mut command = Command::new(shim_binary());
+        let mut command = Command::new(BINARY);
         command.args([
             "-namespace",
             NAMESPACE,
@@ -262,16 +248,9 @@ impl World {
         params.write_to_bytes().expect("encode")
     }
 
-    /// `start` as containerd 2.3 calls it, and a connection to the server. The stock shim is of 2.1 and called as from there.
+    /// `start` as containerd 2.3 calls it, and a connection to the server.
     pub(crate) async fn start_shim(&self, id: &str) -> Shim {
-        let mut command = self.binary(id, &["start"]);
-        let input = if is_stock() {
-            command.env("MAX_SHIM_VERSION", "3");
-            self.any_options().write_to_bytes().expect("encode")
-        } else {
-            self.bootstrap_params(id)
-        };
-        let output = self.run(command, &input);
+        let output = self.run(self.binary(id, &["start"]), &self.bootstrap_params(id));
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(
             output.status.success() && stderr.is_empty(),
@@ -283,12 +262,6 @@ impl World {
 
     /// Connects to the server that a `start` has left.
     pub(crate) async fn connect_to(&self, started: &Output) -> Shim {
-        if is_stock() {
-            let answer: Value = serde_json::from_slice(&started.stdout).expect("JSON");
-            return self
-                .connect(answer["address"].as_str().expect("an address"))
-                .await;
-        }
         let result = BootstrapResult::parse_from_bytes(&started.stdout).expect("a BootstrapResult");
         assert_eq!((result.version, result.protocol.as_str()), (3, "ttrpc"));
         self.connect(&result.address).await
@@ -377,7 +350,7 @@ impl Drop for World {
     fn drop(&mut self) {
         for pid in self.servers.lock().expect("not poisoned").drain(..) {
             let name = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            if name.starts_with(&shim_binary()) {
+            if name.starts_with(BINARY) {
                 let _ = kbp_kernel::process::kill(pid, 9);
             }
         }
