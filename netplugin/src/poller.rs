@@ -74,7 +74,7 @@ impl PollerOptions {
         let attached =
             Client::connect(&self.socket, LIMIT).and_then(|mut client| client.attach(&request));
         let why = match attached {
-            Ok(Attached::Pod(_)) => return Ok(true),
+            Ok(Attached::Pod(_) | Attached::Waiting) => return Ok(true),
             Ok(Attached::NoInterface | Attached::HostNetwork) => {
                 "kbp-poller sees no interface in its namespace".to_owned()
             }

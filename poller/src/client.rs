@@ -18,7 +18,7 @@ use prost::Message;
 use crate::api::{
     self, AttachRequest, AttachResponse, Code, DetachRequest, DetachResponse, Frame, FrameError,
     Kind, ListRequest, ListResponse, MAX_REQUEST, Pod, REMOTE_CLOSED, Request, Response,
-    UpdateRequest, UpdateResponse, WatchEvent, WatchRequest,
+    UpdateRequest, UpdateResponse, Uplink, WatchEvent, WatchRequest,
 };
 
 /// Why the daemon did not do what it was asked.
@@ -110,6 +110,8 @@ pub struct Client {
 pub enum Attached {
     /// Attached, perhaps with degraded parts.
     Pod(Box<Pod>),
+    /// Registered; it is attached once the one ends that holds the namespace. Never an answer to a bound request.
+    Waiting,
     /// The namespace has only a loopback (yet).
     NoInterface,
     /// It is the host's own namespace.
@@ -197,6 +199,7 @@ impl Client {
         let answer: AttachResponse = self.call("Attach", request)?;
         match (answer.outcome(), answer.pod) {
             (api::Outcome::Attached, Some(pod)) => Ok(Attached::Pod(Box::new(pod))),
+            (api::Outcome::Attached, None) if !request.bound => Ok(Attached::Waiting),
             (api::Outcome::NoInterface, _) => Ok(Attached::NoInterface),
             (api::Outcome::HostNetwork, _) => Ok(Attached::HostNetwork),
             (outcome, _) => Err(self.protocol(format!("an attach with outcome {outcome:?}"))),
@@ -233,6 +236,15 @@ impl Client {
     pub fn list(&mut self) -> Result<Vec<Pod>> {
         let answer: ListResponse = self.call("List", &ListRequest {})?;
         Ok(answer.pods)
+    }
+
+    /// Every uplink that the daemon was told to poll.
+    ///
+    /// # Errors
+    /// As [`Client::attach`].
+    pub fn uplinks(&mut self) -> Result<Vec<Uplink>> {
+        let answer: ListResponse = self.call("List", &ListRequest {})?;
+        Ok(answer.uplinks)
     }
 
     /// Every attachment as it is now, and then each change.

@@ -7,19 +7,27 @@ use crate::worker::LEASE;
 /// How often the counters are read while packets flow: the lease is renewed twice before it would end.
 const BUSY: Duration = Duration::from_millis(LEASE.as_millis() as u64 / 2);
 
-/// How often they are read at least, however long the pod is silent: the longest that a pod which wakes up goes
-/// without its worker. (Softirq does the work until then, as on any veth.)
+/// How often they are read while the pod is silent for now: the longest that a pod which speaks now and then goes without its
+/// worker. (Softirq does the work until then, as on any veth.)
 const QUIET: Duration = Duration::from_millis(LEASE.as_millis() as u64 * 2);
+
+/// How often they are read once the pod has been silent for [`LULL`], unless its worker has a CPU of its own: a node whose pods
+/// have nothing to do is hardly ever woken.
+const DEEP: Duration = Duration::from_millis(LEASE.as_millis() as u64 * 16);
+
+/// Silence after which nothing is expected soon.
+const LULL: Duration = Duration::from_secs(10);
 
 /// Packets a second below which a worker on borrowed cycles is not worth keeping awake: it would spin for more than
 /// 10 ms for each packet it gets.
 const WORTHWHILE: u64 = 100;
 
-/// The moment nearest to `at` that is a whole number of [`BUSY`] after `epoch`: then one wake-up serves every pod that is due.
-pub(crate) fn aligned(epoch: Instant, at: Instant) -> Instant {
-    let busy = BUSY.as_micros();
-    let steps = (at.saturating_duration_since(epoch).as_micros() + busy / 2) / busy;
-    epoch + BUSY * u32::try_from(steps).unwrap_or(u32::MAX)
+/// The last moment in `interval` from `now` on that is a whole number of intervals after `epoch`: then one wake-up serves every
+/// pod that is due, whenever it was attached.
+pub(crate) fn aligned(epoch: Instant, now: Instant, interval: Duration) -> Instant {
+    let since = (now + interval).saturating_duration_since(epoch);
+    let steps = since.as_micros() / interval.as_micros().max(1);
+    epoch + interval * u32::try_from(steps).unwrap_or(u32::MAX)
 }
 
 /// `packets` in `elapsed` as packets a second.
@@ -35,6 +43,10 @@ pub(crate) struct Pace {
     threshold: u64,
     packets: u64,
     interval: Duration,
+    /// How long no packet has come.
+    silent: Duration,
+    /// Longest interval.
+    longest: Duration,
 }
 
 impl Pace {
@@ -45,6 +57,9 @@ impl Pace {
             threshold: if own_cpu { 0 } else { WORTHWHILE },
             packets,
             interval: BUSY,
+            silent: Duration::ZERO,
+            // Who gives it a CPU wants it back soon.
+            longest: if own_cpu { QUIET } else { DEEP },
         }
     }
 
@@ -59,9 +74,16 @@ impl Pace {
         let new = packets.checked_sub(self.packets).unwrap_or(packets);
         self.packets = packets;
         if new == 0 {
-            self.interval = (self.interval * 2).min(QUIET);
+            self.silent += elapsed;
+            let most = if self.silent < LULL {
+                QUIET
+            } else {
+                self.longest
+            };
+            self.interval = (self.interval * 2).min(most);
             return false;
         }
+        self.silent = Duration::ZERO;
         // Traffic that has just begun has no rate yet that a long interval could tell: look again soon.
         self.interval = BUSY;
         u128::from(new) * 1000 >= u128::from(self.threshold) * elapsed.as_millis()
@@ -98,17 +120,45 @@ mod tests {
     }
 
     #[test]
+    fn a_pod_that_has_long_been_silent_is_hardly_looked_at_unless_its_worker_has_a_cpu_of_its_own()
+    {
+        for (own_cpu, longest) in [(false, DEEP), (true, QUIET)] {
+            let mut pace = Pace::new(0, own_cpu);
+            let mut passed = Duration::ZERO;
+            while passed < LULL {
+                assert!(pace.interval() <= QUIET, "{passed:?}");
+                passed += pace.interval();
+                assert!(!pace.tick(0, pace.interval()));
+            }
+            for _ in 0..4 {
+                assert!(!pace.tick(0, pace.interval()));
+            }
+            assert_eq!(pace.interval(), longest);
+            pace.tick(1, pace.interval());
+            assert_eq!(pace.interval(), BUSY);
+            pace.tick(1, BUSY);
+            pace.tick(1, BUSY * 2);
+            assert_eq!(pace.interval(), QUIET, "a pause is not the end");
+        }
+    }
+
+    #[test]
     fn pods_are_looked_at_together_and_never_later_than_the_lease_allows() {
         let epoch = Instant::now();
-        for late in [0, 1, 9, 49] {
+        for late in [0, 1, 9, 49, 99] {
             // Having been woken late does not add up.
             let now = epoch + BUSY * 7 + MS * late;
-            assert_eq!(aligned(epoch, now + BUSY), epoch + BUSY * 8, "{late}");
+            assert_eq!(aligned(epoch, now, BUSY), epoch + BUSY * 8, "{late}");
         }
-        for phase in 0..100 {
-            let now = epoch + MS * phase;
-            assert!(aligned(epoch, now + BUSY) - now < LEASE, "{phase}");
-            assert!(aligned(epoch, now + BUSY) > now, "{phase}");
+        for interval in [BUSY, QUIET, DEEP] {
+            for phase in 0..100 {
+                let now = epoch + MS * phase * 37;
+                let at = aligned(epoch, now, interval);
+                assert!(at > now && at <= now + interval, "{phase}");
+                // All that have the same interval are due at the same moments, whenever they began.
+                let since = at - epoch;
+                assert_eq!(since.as_micros() % interval.as_micros(), 0, "{phase}");
+            }
         }
     }
 

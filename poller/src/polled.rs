@@ -100,6 +100,7 @@ pub fn attach(request: AttachRequest) -> Result<PolledOutcome> {
                 client,
                 pid: pod.owner_pid,
             }),
+            Ok(Attached::Waiting) => None,
             Ok(Attached::NoInterface) => return Ok(PolledOutcome::NoInterface),
             Ok(Attached::HostNetwork) => return Ok(PolledOutcome::HostNetwork),
             Err(error) => {
@@ -405,7 +406,7 @@ impl Inner {
                 self.who = Who::Daemon { client, pid };
                 self.update(&[]);
             }
-            Attached::NoInterface | Attached::HostNetwork => {
+            Attached::Waiting | Attached::NoInterface | Attached::HostNetwork => {
                 tracing::debug!("the pod has no interface to hand over");
             }
         }

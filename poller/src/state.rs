@@ -396,7 +396,8 @@ fn file_name(namespace: &str, id: &str) -> String {
     format!("{id}@{namespace}.json")
 }
 
-fn write_file(path: &Path, state: &PodState) -> io::Result<()> {
+/// Writes a state to a file of root's alone.
+pub(crate) fn write_file(path: &Path, state: &impl Serialize) -> io::Result<()> {
     let mut file: File = OpenOptions::new()
         .write(true)
         .create(true)

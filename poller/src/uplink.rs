@@ -4,8 +4,11 @@
 //! Nothing of the interface is changed: offloads, queues and interrupts stay as they are. While its worker is parked, and when the
 //! uplink is let go, interrupts and softirq do the work as ever.
 
+mod state;
+
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -27,6 +30,8 @@ use crate::policy::WorkerPolicy;
 use crate::state::WorkerState;
 use crate::worker::Sockets;
 use crate::{Error, Result};
+pub(crate) use state::clear;
+pub use state::{UplinkState, read_all};
 
 /// Link events come in flocks: this long between two looks.
 const SETTLE: Duration = Duration::from_millis(50);
@@ -34,24 +39,13 @@ const SETTLE: Duration = Duration::from_millis(50);
 /// Enough for a netlink answer and a log line.
 const STACK: usize = 128 * 1024;
 
-/// What is true of an uplink now.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct UplinkState {
-    /// Name of the interface.
-    pub interface: String,
-    /// Its NAPI instances that are polled.
-    pub napis: Vec<NapiId>,
-    /// Who polls them.
-    pub worker: Option<WorkerState>,
-    /// Why they are not polled, where they are not.
-    pub degraded: Option<String>,
-}
-
 /// A polled uplink. Dropping it lets the interface go.
 #[derive(Debug)]
 pub struct Uplink {
     stop: Arc<EventFd>,
     state: Arc<Mutex<UplinkState>>,
+    host: Netns,
+    state_dir: PathBuf,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -71,17 +65,13 @@ impl Engine {
             _ => WorkerPolicy::Shared,
         };
         let host = self.host().try_clone()?;
-        let state = Arc::new(Mutex::new(UplinkState {
-            interface: interface.to_owned(),
-            napis: Vec::new(),
-            worker: None,
-            degraded: None,
-        }));
+        let state = Arc::new(Mutex::new(UplinkState::new(interface)));
+        let state_dir = config.state_dir.clone();
         let mut keeping = Keeping {
             engine: self.clone(),
             events: LinkEvents::subscribe(&host)?,
             route: RouteSocket::open_in(&host)?,
-            host,
+            host: host.try_clone()?,
             placing: Placing {
                 asked,
                 cpuset: None,
@@ -103,6 +93,8 @@ impl Engine {
         Ok(Uplink {
             stop,
             state,
+            host,
+            state_dir,
             thread: Some(thread),
         })
     }
@@ -112,6 +104,13 @@ impl Uplink {
     /// What is true now.
     pub fn state(&self) -> UplinkState {
         lock(&self.state).clone()
+    }
+
+    /// Packets that the interface has received since it exists; 0 while there is none of that name.
+    pub fn packets(&self) -> u64 {
+        let name = self.state().interface;
+        let link = RouteSocket::open_in(&self.host).and_then(|mut s| s.link_by_name(&name));
+        link.ok().flatten().map_or(0, |link| link.rx_packets)
     }
 }
 
@@ -123,6 +122,9 @@ impl Drop for Uplink {
             && thread.join().is_err()
         {
             tracing::error!("the thread that keeps an uplink had panicked");
+        }
+        if let Err(error) = state::remove(&self.state_dir, &lock(&self.state).interface) {
+            tracing::warn!("{error}");
         }
     }
 }
@@ -227,7 +229,8 @@ impl Keeping {
             self.let_go();
         }
         let mut state = lock(&self.state);
-        state.napis = self.polled.iter().copied().collect();
+        let before = state.clone();
+        state.napis = self.polled.iter().map(|napi| napi.0).collect();
         state.worker = self.worker.as_ref().map(|(_, state)| state.clone());
         if state.degraded != outcome.clone().err()
             && let Err(reason) = &outcome
@@ -235,6 +238,11 @@ impl Keeping {
             tracing::warn!("uplink {} is not polled: {reason}", state.interface);
         }
         state.degraded = outcome.err();
+        if *state != before
+            && let Err(error) = state.write(&self.placing.config.state_dir)
+        {
+            tracing::warn!("{error}");
+        }
     }
 
     fn find(&mut self) -> Result<(IfIndex, BTreeSet<NapiId>), String> {

@@ -56,6 +56,20 @@ fn degraded() -> Vec<Degraded> {
 
 const DEGRADED: &str = "degraded { part: \"p\" reason: \"r\" }";
 
+fn worker() -> Worker {
+    Worker {
+        kind: "sqpoll".to_owned(),
+        policy: "shared".to_owned(),
+        tid: 4,
+        cpu: 5,
+        idle_class: true,
+        lease_ms: 6,
+    }
+}
+
+const WORKER: &str =
+    "kind: \"sqpoll\" policy: \"shared\" tid: 4 cpu: 5 idle_class: true lease_ms: 6";
+
 fn pod() -> Pod {
     Pod {
         id: "i".to_owned(),
@@ -69,14 +83,7 @@ fn pod() -> Pod {
             host_napi: Some(2),
             pod_napi: Some(3),
         }],
-        worker: Some(Worker {
-            kind: "sqpoll".to_owned(),
-            policy: "shared".to_owned(),
-            tid: 4,
-            cpu: 5,
-            idle_class: true,
-            lease_ms: 6,
-        }),
+        worker: Some(worker()),
         worker_reason: "w".to_owned(),
         degraded: degraded(),
         bound: true,
@@ -148,10 +155,22 @@ fn the_messages_are_those_of_the_proto_file() {
         read_by_protoc("UpdateRequest", &update),
         format!("id: \"i\" namespace: \"n\" sockets {{ {SOCKETS} }} cpuset: \"2\" {DEGRADED}")
     );
-    let list = api::ListResponse { pods: vec![pod()] };
+    let uplink = api::Uplink {
+        interface: "eth0".to_owned(),
+        napis: vec![9, 10],
+        worker: Some(worker()),
+        degraded: "d".to_owned(),
+        packets: 11,
+    };
+    let list = api::ListResponse {
+        pods: vec![pod()],
+        uplinks: vec![uplink],
+    };
     assert_eq!(
         read_by_protoc("ListResponse", &list),
-        format!("pods {{ {POD} }}")
+        format!(
+            "pods {{ {POD} }} uplinks {{ interface: \"eth0\" napis: 9 napis: 10 worker {{ {WORKER} }} degraded: \"d\" packets: 11 }}"
+        )
     );
     let event = WatchEvent {
         kind: EventKind::Detached.into(),

@@ -55,7 +55,7 @@ impl Kernel {
         self.run_with(limit, program, arguments, &[])
     }
 
-    /// [`Kernel::run`] with more environment, whose names begin with `KBP_`.
+    /// [`Kernel::run`] with more environment: names that begin with `KBP_`, and those of `tests/scripts/vm` itself.
     pub fn run_with(
         &self,
         limit: Duration,

@@ -69,7 +69,8 @@ impl<'l> Daemon<'l> {
     }
 
     fn kill(mut self) {
-        assert!(process::kill(self.pid, SIGKILL).expect("kill"));
+        // It may have been killed already.
+        process::kill(self.pid, SIGKILL).expect("kill");
         drop(self.running.take().map(|mut r| r.wait(LIMIT)));
     }
 
@@ -316,6 +317,24 @@ fn a_killed_daemon_costs_a_flood_not_one_packet() {
         for _ in 0..3 {
             let daemon = Daemon::start(lab);
             wait_owner(lab, &["server"], |_| daemon.pid, BACK);
+            wait_until("the shim's worker to end", LIMIT, || {
+                match pollers(shim("server")) {
+                    0 => Ok(()),
+                    n => Err(format!("{n}")),
+                }
+            })
+            .expect("no worker");
+            let killed = daemon.pid;
+            assert!(process::kill(killed, SIGKILL).expect("kill"));
+            // Not one moment with two: when the shim has a worker, the daemon has none any more.
+            wait_until("the shim's worker", LIMIT, || {
+                if pollers(shim("server")) == 0 {
+                    return Err("none".to_owned());
+                }
+                assert_eq!(pollers(killed), 0, "the killed one still polls");
+                Ok(())
+            })
+            .expect("a worker");
             daemon.kill();
             wait_owner(lab, &["server"], shim, BACK);
         }

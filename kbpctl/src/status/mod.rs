@@ -9,7 +9,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use kbp_poller::config::Config;
 use kbp_poller::policy::WorkerPolicy;
-use kbp_poller::state::{self, PodState, Stale};
+use kbp_poller::state::{self, PodState, Stale, WorkerState};
+use kbp_poller::uplink::{self, UplinkState};
 use serde::Serialize;
 
 use crate::text;
@@ -18,6 +19,7 @@ use sample::{Counters, Rates, Sampler};
 #[derive(Debug)]
 struct Status {
     pods: Vec<PodState>,
+    uplinks: Vec<UplinkState>,
     stale: Vec<Stale>,
 }
 
@@ -36,6 +38,7 @@ struct WrittenPod<'a> {
 #[derive(Debug, Serialize)]
 struct Written<'a> {
     pods: Vec<WrittenPod<'a>>,
+    uplinks: &'a [UplinkState],
     stale: &'a [Stale],
 }
 
@@ -50,6 +53,7 @@ impl<'a> Written<'a> {
                     rates: rates.and_then(|r| r.get(n)).copied(),
                 })
                 .collect(),
+            uplinks: &status.uplinks,
             stale: &status.stale,
         }
     }
@@ -60,6 +64,7 @@ impl Status {
         let read = || {
             anyhow::Ok(Self {
                 pods: state::read_all(dir)?,
+                uplinks: uplink::read_all(dir)?,
                 stale: state::stale(dir)?,
             })
         };
@@ -135,6 +140,7 @@ fn render(status: &Status, counters: &[Counters], dir: &Path, verbose: bool) -> 
             }
         }
     }
+    out += &uplinks(&status.uplinks);
     if !status.stale.is_empty() {
         out += "\nstale (the next pod that starts removes what a dead owner left):\n";
         for stale in &status.stale {
@@ -162,7 +168,7 @@ fn rows_of(pod: &PodState) -> Vec<Vec<String>> {
     if rows.is_empty() {
         rows.push(vec![String::new(), none(), none()]);
     }
-    let (worker, cpu) = worker(pod);
+    let (worker, cpu) = worker(pod.worker.as_ref());
     let first = &mut rows[0];
     first[0] = short(pod);
     first.extend([worker, cpu, window(pod), parts(pod)]);
@@ -175,9 +181,35 @@ fn veths(pod: &PodState) -> Vec<String> {
     pod.interfaces.iter().map(name).collect()
 }
 
+/// Interfaces of the node itself; empty where none is to be polled.
+fn uplinks(uplinks: &[UplinkState]) -> String {
+    if uplinks.is_empty() {
+        return String::new();
+    }
+    let header = ["UPLINK", "NAPI", "WORKER", "CPU"];
+    let mut rows = vec![header.map(str::to_owned).to_vec()];
+    for uplink in uplinks {
+        let napis: Vec<String> = uplink.napis.iter().map(ToString::to_string).collect();
+        let napis = match napis.is_empty() {
+            true => "-".to_owned(),
+            false => napis.join(","),
+        };
+        let (worker, cpu) = worker(uplink.worker.as_ref());
+        rows.push(vec![uplink.interface.clone(), napis, worker, cpu]);
+    }
+    let mut out = format!("\n{}", text::table(&rows));
+    for uplink in uplinks {
+        if let Some(reason) = &uplink.degraded {
+            let line = format!("{} is not polled: {reason}", uplink.interface);
+            out += &format!("  {}\n", text::fold(&line, 4, 100));
+        }
+    }
+    out
+}
+
 /// The worker and its CPU.
-fn worker(pod: &PodState) -> (String, String) {
-    match &pod.worker {
+fn worker(worker: Option<&WorkerState>) -> (String, String) {
+    match worker {
         Some(w) => (
             // A NAPI's own thread is another one each time it wakes.
             match w.tid {
@@ -275,6 +307,7 @@ pub(super) mod tests {
     fn status(pods: Vec<PodState>) -> Status {
         Status {
             pods,
+            uplinks: Vec::new(),
             stale: vec![Stale {
                 file: "gone@default.json".to_owned(),
                 reason: "its owner, process 3, is gone".to_owned(),
@@ -357,6 +390,42 @@ pub(super) mod tests {
             line.split_whitespace().skip(1).collect::<Vec<_>>(),
             ["-", "-", "none", "-", "off", "-"]
         );
+    }
+
+    #[test]
+    fn uplinks_have_lines_of_their_own_and_say_what_keeps_them() {
+        let uplink = UplinkState {
+            interface: "eth0".to_owned(),
+            owner_pid: 7,
+            owner_start: 1,
+            napis: vec![8193, 8194],
+            worker: pod().worker,
+            degraded: None,
+        };
+        let down = UplinkState {
+            interface: "eth1".to_owned(),
+            napis: Vec::new(),
+            worker: None,
+            degraded: Some("eth1 is down".to_owned()),
+            ..uplink.clone()
+        };
+        let mut status = status(Vec::new());
+        status.uplinks = vec![uplink, down];
+        let text = render(&status, &[], Path::new("/run/kbp"), false);
+        let words = |start: &str| -> Vec<String> {
+            let line = text.lines().find(|l| l.starts_with(start)).expect("a line");
+            line.split_whitespace().map(str::to_owned).collect()
+        };
+        assert_eq!(
+            words("eth0"),
+            ["eth0", "8193,8194", "idle", "sqpoll", "4711", "1"]
+        );
+        assert_eq!(words("eth1"), ["eth1", "-", "none", "-"]);
+        assert!(text.contains("eth1 is not polled: eth1 is down"), "{text}");
+        let written = Written::of(&status, &[], None);
+        let json = serde_json::to_value(&written).expect("JSON");
+        assert_eq!(json["uplinks"][0]["worker"]["kind"], "sqpoll", "{json}");
+        assert_eq!(json["uplinks"][1]["degraded"], "eth1 is down", "{json}");
     }
 
     #[test]

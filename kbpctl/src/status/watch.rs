@@ -271,7 +271,7 @@ impl Shown {
         let none = || "-".to_owned();
         let rate = |r: Option<f64>| r.map_or_else(none, |r| format!("{r:.0}"));
         let percent = |r: Option<f64>| r.map_or_else(none, |r| format!("{:.0}", 100.0 * r));
-        let (worker, cpu) = worker(&self.pod);
+        let (worker, cpu) = worker(self.pod.worker.as_ref());
         vec![
             short(&self.pod),
             veths(&self.pod).join(" "),

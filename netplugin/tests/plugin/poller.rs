@@ -154,6 +154,7 @@ impl Daemon {
                 });
                 ListResponse {
                     pods: pods.collect(),
+                    uplinks: Vec::new(),
                 }
                 .encode_to_vec()
             }

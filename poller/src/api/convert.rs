@@ -4,7 +4,8 @@ use kbp_kernel::Micros;
 
 use super::message as api;
 use crate::policy::choose;
-use crate::state::{self, Part, PodState, SocketCounters};
+use crate::state::{self, Part, PodState, SocketCounters, WorkerState};
+use crate::uplink::UplinkState;
 use crate::window::Window;
 
 /// The message that tells what is true of a pod.
@@ -25,19 +26,34 @@ pub fn pod(state: &PodState, bound: bool, packets: u64) -> api::Pod {
                 pod_napi: i.pod_napi,
             })
             .collect(),
-        worker: state.worker.as_ref().map(|w| api::Worker {
-            kind: w.kind.clone(),
-            policy: w.policy.to_string(),
-            tid: w.tid,
-            cpu: w.cpu,
-            idle_class: w.idle_class,
-            lease_ms: w.lease_ms,
-        }),
+        worker: state.worker.as_ref().map(worker),
         worker_reason: state.worker_reason.clone(),
         degraded: degraded(&state.degraded),
         bound,
         packets,
         owner_pid: state.owner_pid,
+    }
+}
+
+/// The message that tells what is true of an uplink which has received `packets`.
+pub fn uplink(state: &UplinkState, packets: u64) -> api::Uplink {
+    api::Uplink {
+        interface: state.interface.clone(),
+        napis: state.napis.clone(),
+        worker: state.worker.as_ref().map(worker),
+        degraded: state.degraded.clone().unwrap_or_default(),
+        packets,
+    }
+}
+
+fn worker(state: &WorkerState) -> api::Worker {
+    api::Worker {
+        kind: state.kind.clone(),
+        policy: state.policy.to_string(),
+        tid: state.tid,
+        cpu: state.cpu,
+        idle_class: state.idle_class,
+        lease_ms: state.lease_ms,
     }
 }
 

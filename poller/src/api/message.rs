@@ -86,7 +86,7 @@ pub struct AttachResponse {
     /// What it came to.
     #[prost(enumeration = "Outcome", tag = "1")]
     pub outcome: i32,
-    /// The attachment.
+    /// The attachment; none while a registered one waits for another to end.
     #[prost(message, optional, tag = "2")]
     pub pod: Option<Pod>,
 }
@@ -161,6 +161,9 @@ pub struct ListResponse {
     /// Every attachment.
     #[prost(message, repeated, tag = "1")]
     pub pods: Vec<Pod>,
+    /// Every interface of `uplinks` in the config.
+    #[prost(message, repeated, tag = "2")]
+    pub uplinks: Vec<Uplink>,
 }
 
 /// Nothing.
@@ -271,6 +274,26 @@ pub struct Worker {
     /// How long it polls on after the last packet.
     #[prost(uint32, tag = "6")]
     pub lease_ms: u32,
+}
+
+/// An interface of the node itself.
+#[derive(Clone, PartialEq, Message)]
+pub struct Uplink {
+    /// Its name.
+    #[prost(string, tag = "1")]
+    pub interface: String,
+    /// NAPI instances that are polled.
+    #[prost(uint32, repeated, tag = "2")]
+    pub napis: Vec<u32>,
+    /// None: nobody polls it.
+    #[prost(message, optional, tag = "3")]
+    pub worker: Option<Worker>,
+    /// Why nobody does; empty: somebody does.
+    #[prost(string, tag = "4")]
+    pub degraded: String,
+    /// Packets that it has received since it exists.
+    #[prost(uint64, tag = "5")]
+    pub packets: u64,
 }
 
 /// What holds for the sockets of a pod, and what was done to them so far.

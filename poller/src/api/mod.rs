@@ -4,7 +4,7 @@ mod convert;
 mod frame;
 mod message;
 
-pub use convert::{degraded, pod, read_degraded, read_sockets, sockets};
+pub use convert::{degraded, pod, read_degraded, read_sockets, sockets, uplink};
 pub use frame::{Frame, FrameError, Kind, REMOTE_CLOSED, REMOTE_OPEN, next_frame};
 pub use message::*;
 

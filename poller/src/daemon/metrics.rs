@@ -13,22 +13,48 @@ use prometheus_client::registry::{Registry, Unit};
 
 use super::service::Counts;
 use crate::engine::Snapshot;
+use crate::state::PodState;
+use crate::uplink::Uplink;
 
 type Labels = Vec<(&'static str, String)>;
 type Seconds = Counter<f64, AtomicU64>;
 
-/// The whole text.
-pub(super) fn text(snapshot: &Snapshot, counts: Counts, held: usize) -> String {
-    let mut registry = Registry::with_prefix("kbp");
-    of_pods(&mut registry, snapshot);
-    of_workers(&mut registry, snapshot);
-    of_daemon(&mut registry, snapshot, counts, held);
-    let mut text = String::new();
-    if encode(&mut text, &registry).is_err() {
-        // Writing to a string does not fail; should it, half a page is worse than none.
-        text.clear();
+/// What there is to tell.
+pub(super) struct Source<'a> {
+    pub(super) snapshot: &'a Snapshot,
+    /// Packets that busy polling took, in each pod's namespace and in the host's.
+    pub(super) busy_polled: (Vec<(PodState, u64)>, Option<u64>),
+    pub(super) uplinks: &'a [Uplink],
+    pub(super) counts: Counts,
+    /// Attachments, waiting ones included.
+    pub(super) held: usize,
+}
+
+impl Source<'_> {
+    /// The whole text.
+    pub(super) fn text(&self) -> String {
+        let mut registry = Registry::with_prefix("kbp");
+        of_pods(&mut registry, self.snapshot);
+        of_busy_polling(&mut registry, &self.busy_polled);
+        of_workers(&mut registry, self.snapshot);
+        of_uplinks(&mut registry, self.uplinks);
+        of_daemon(&mut registry, self.snapshot, self.counts, self.held);
+        let mut text = String::new();
+        if encode(&mut text, &registry).is_err() {
+            // Writing to a string does not fail; should it, half a page is worse than none.
+            text.clear();
+        }
+        text
     }
-    text
+}
+
+fn named(state: &PodState, more: &[(&'static str, String)]) -> Labels {
+    let mut labels = vec![
+        ("namespace", state.namespace.clone()),
+        ("pod", state.id.clone()),
+    ];
+    labels.extend_from_slice(more);
+    labels
 }
 
 fn of_pods(registry: &mut Registry, snapshot: &Snapshot) {
@@ -38,14 +64,7 @@ fn of_pods(registry: &mut Registry, snapshot: &Snapshot) {
     let degraded = Family::<Labels, Gauge>::default();
     for pod in &snapshot.pods {
         let state = &pod.state;
-        let named = |more: &[(&'static str, String)]| -> Labels {
-            let mut labels = vec![
-                ("namespace", state.namespace.clone()),
-                ("pod", state.id.clone()),
-            ];
-            labels.extend_from_slice(more);
-            labels
-        };
+        let named = |more: &[(&'static str, String)]| named(state, more);
         packets.get_or_create(&named(&[])).inc_by(pod.packets);
         let count = i64::try_from(state.interfaces.len()).unwrap_or(i64::MAX);
         interfaces.get_or_create(&named(&[])).set(count);
@@ -79,11 +98,71 @@ fn of_pods(registry: &mut Registry, snapshot: &Snapshot) {
     );
 }
 
+fn of_busy_polling(registry: &mut Registry, polled: &(Vec<(PodState, u64)>, Option<u64>)) {
+    let (pods, host) = polled;
+    let by_pods = Family::<Labels, Counter>::default();
+    for (state, packets) in pods {
+        by_pods.get_or_create(&named(state, &[])).inc_by(*packets);
+    }
+    registry.register(
+        "pod_socket_polled_packets",
+        "Packets that busy polling took in a pod's namespace since that exists: its sockets and epoll instances",
+        by_pods,
+    );
+    if let Some(packets) = host {
+        let counter = Counter::<u64>::default();
+        counter.inc_by(*packets);
+        registry.register(
+            "node_polled_packets",
+            "Packets that busy polling took in the node's own namespace since it was booted: workers of every process but kthreads, and sockets",
+            counter,
+        );
+    }
+}
+
+fn of_uplinks(registry: &mut Registry, uplinks: &[Uplink]) {
+    let packets = Family::<Labels, Counter>::default();
+    let napis = Family::<Labels, Gauge>::default();
+    let placed = Family::<Labels, Gauge>::default();
+    for uplink in uplinks {
+        let state = uplink.state();
+        let interface = ("interface", state.interface.clone());
+        let named =
+            |more: &[(&'static str, String)]| [std::slice::from_ref(&interface), more].concat();
+        packets.get_or_create(&named(&[])).inc_by(uplink.packets());
+        let count = i64::try_from(state.napis.len()).unwrap_or(i64::MAX);
+        napis.get_or_create(&named(&[])).set(count);
+        if let Some(worker) = &state.worker {
+            let place = [
+                ("policy", worker.policy.to_string()),
+                ("cpu", worker.cpu.to_string()),
+            ];
+            placed.get_or_create(&named(&place)).set(1);
+        }
+    }
+    registry.register(
+        "uplink_received_packets",
+        "Packets that an uplink has received since it exists",
+        packets,
+    );
+    registry.register(
+        "uplink_polled_napis",
+        "NAPI instances of an uplink that are polled; 0: it is not polled",
+        napis,
+    );
+    registry.register(
+        "uplink_worker",
+        "1 for each uplink with a worker, by where that is",
+        placed,
+    );
+}
+
 fn of_workers(registry: &mut Registry, snapshot: &Snapshot) {
     let busy = Family::<Labels, Seconds>::default();
     let parked_time = Family::<Labels, Seconds>::default();
     let parked = Family::<Labels, Gauge>::default();
     let pods = Family::<Labels, Gauge>::default();
+    let uplinks = Family::<Labels, Gauge>::default();
     let renewals = Family::<Labels, Counter>::default();
     let rate = Family::<Labels, Gauge>::default();
     for worker in &snapshot.workers {
@@ -102,6 +181,9 @@ fn of_workers(registry: &mut Registry, snapshot: &Snapshot) {
         parked.get_or_create(&labels).set(i64::from(worker.parked));
         pods.get_or_create(&labels)
             .set(i64::try_from(worker.pods).unwrap_or(i64::MAX));
+        uplinks
+            .get_or_create(&labels)
+            .set(i64::try_from(worker.uplinks).unwrap_or(i64::MAX));
         renewals.get_or_create(&labels).inc_by(worker.renewals);
         rate.get_or_create(&labels)
             .set(i64::try_from(worker.rate).unwrap_or(i64::MAX));
@@ -120,6 +202,7 @@ fn of_workers(registry: &mut Registry, snapshot: &Snapshot) {
     );
     registry.register("worker_parked", "1 while a worker is parked", parked);
     registry.register("worker_pods", "Pods that a worker polls", pods);
+    registry.register("worker_uplinks", "Uplinks that a worker polls", uplinks);
     registry.register("worker_lease_renewals", "Leases started", renewals);
     registry.register(
         "worker_packets_per_second",

@@ -28,6 +28,7 @@ use nix::sys::signalfd::SignalFd;
 use crate::config::Config;
 use crate::due::timeout_until;
 use crate::engine::Engine;
+use crate::uplink;
 use connection::{Connections, Http};
 use notify::Notifier;
 use service::Service;
@@ -103,12 +104,13 @@ pub fn serve(options: Options, signals: &SignalFd) -> Result<()> {
     capabilities::drop_others()?;
     raise_descriptor_limit();
     let engine = Engine::start()?;
+    uplink::clear(&options.config.state_dir)?;
     let mut uplinks = Vec::new();
     for interface in &options.config.uplinks {
         // What keeps it from being polled is told in the log, and mended when the interface changes.
         uplinks.push(engine.uplink(interface, &options.config)?);
     }
-    let mut service = Service::new(engine, options.config);
+    let mut service = Service::new(engine, uplinks, options.config);
     service.take_up();
     sockets.announce()?;
     notifier.ready();
@@ -124,7 +126,6 @@ pub fn serve(options: Options, signals: &SignalFd) -> Result<()> {
     notifier.stopping();
     // First the pods, then the connections: who learns of the end must not find our state files.
     service.end();
-    drop(uplinks);
     drop(sockets);
     outcome
 }

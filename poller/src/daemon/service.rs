@@ -26,6 +26,7 @@ use crate::config::Config;
 use crate::engine::Engine;
 use crate::policy::{Layer, MAX_CPU_LATENCY, Policy, Profile, WorkerPolicy, choose};
 use crate::state::SocketCounters;
+use crate::uplink::Uplink;
 use crate::window::Window;
 use crate::{Error, state};
 
@@ -128,6 +129,7 @@ pub(super) struct Counts {
 #[derive(Debug)]
 pub(super) struct Service {
     engine: Engine,
+    uplinks: Vec<Uplink>,
     config: Config,
     held: BTreeMap<Name, Held>,
     /// What watchers have been told.
@@ -136,9 +138,10 @@ pub(super) struct Service {
 }
 
 impl Service {
-    pub(super) fn new(engine: Engine, config: Config) -> Self {
+    pub(super) fn new(engine: Engine, uplinks: Vec<Uplink>, config: Config) -> Self {
         Self {
             engine,
+            uplinks,
             config,
             held: BTreeMap::new(),
             told: BTreeMap::new(),
@@ -181,6 +184,7 @@ impl Service {
     /// Detaches everything.
     pub(super) fn end(&mut self) {
         self.held.clear();
+        self.uplinks.clear();
     }
 
     /// A connection is gone, and what was bound to it goes.
@@ -227,7 +231,9 @@ impl Service {
             "List" => {
                 let ListRequest {} = decode(payload)?;
                 let pods = self.counted_pods();
-                ListResponse { pods }.encode_to_vec()
+                let uplink = |u: &Uplink| api::uplink(&u.state(), u.packets());
+                let uplinks = self.uplinks.iter().map(uplink).collect();
+                ListResponse { pods, uplinks }.encode_to_vec()
             }
             "Watch" => {
                 let WatchRequest {} = decode(payload)?;
@@ -590,7 +596,14 @@ impl Service {
 
     /// The metrics as text.
     pub(super) fn metrics(&self) -> String {
-        metrics::text(&self.engine.snapshot(), self.counts, self.held.len())
+        metrics::Source {
+            snapshot: &self.engine.snapshot(),
+            busy_polled: self.engine.busy_polled(),
+            uplinks: &self.uplinks,
+            counts: self.counts,
+            held: self.held.len(),
+        }
+        .text()
     }
 }
 

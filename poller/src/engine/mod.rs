@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use kbp_kernel::IfIndex;
 use kbp_kernel::link::{LinkEvent, LinkEvents, RouteSocket};
 use kbp_kernel::netns::Netns;
+use kbp_kernel::netstat::busy_poll_rx_packets;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -206,6 +207,21 @@ impl Engine {
         self.lock().snapshot()
     }
 
+    /// Packets that busy polling took in each pod's namespace, by namespace and id of the pod, and those in the host's.
+    /// None where the kernel does not tell.
+    pub(crate) fn busy_polled(&self) -> (Vec<(PodState, u64)>, Option<u64>) {
+        let handles: Vec<(PodState, Netns)> = {
+            let kept = self.lock();
+            let of = |pod: &Pod| Some((pod.record.state(), pod.tuner.pod.try_clone().ok()?));
+            kept.pods.values().filter_map(of).collect()
+        };
+        // Without the lock: a namespace is entered for each.
+        let of =
+            |(state, netns): (PodState, Netns)| Some((state, busy_poll_rx_packets(&netns).ok()?));
+        let pods = handles.into_iter().filter_map(of).collect();
+        (pods, busy_poll_rx_packets(self.host()).ok())
+    }
+
     fn wake(&self) {
         // An eventfd refuses a write only when it is full, and then the thread is awake already.
         let _ = self.handle.shared.wake.write(1);
@@ -339,6 +355,9 @@ impl Kept {
         }
         self.workers.loads = self.loads();
         self.workers.renew();
+        if self.survey_at.is_none() && self.is_survey_wanted() {
+            self.survey_at = Some(now + SURVEY);
+        }
         if self.survey_at.is_some_and(|at| now >= at) {
             self.survey(now);
         }
@@ -349,12 +368,14 @@ impl Kept {
             pod.look_for_namespace();
         }
         self.moves += self.rebalance();
-        // Nothing of this is of use while no pod can vanish or be moved: then nobody is woken for it.
-        let wanted = self
-            .pods
+        self.survey_at = self.is_survey_wanted().then_some(now + SURVEY);
+    }
+
+    /// Nothing of it is of use while no pod can vanish or has packets to be moved for: then nobody is woken for it.
+    fn is_survey_wanted(&self) -> bool {
+        self.pods
             .values()
-            .any(|pod| pod.has_path() || pod.is_movable());
-        self.survey_at = wanted.then_some(now + SURVEY);
+            .any(|pod| pod.has_path() || pod.is_movable())
     }
 
     /// What is true of the pods whose state files are in this directory.

@@ -58,6 +58,8 @@ pub(crate) struct Pod {
     /// Packets at the last count, and all since the attach.
     counted: u64,
     packets: u64,
+    /// All at the last tick: others count in between.
+    at_tick: u64,
     ticked: Instant,
     tick_at: Option<Instant>,
     refreshed: Instant,
@@ -88,6 +90,7 @@ impl Pod {
             pace: Pace::new(0, own_cpu),
             counted: 0,
             packets: 0,
+            at_tick: 0,
             ticked: now,
             tick_at: None,
             retry: RETRY,
@@ -120,9 +123,9 @@ impl Pod {
         self.path.is_some()
     }
 
-    /// Whether another worker could take it over.
+    /// Whether another worker could take over what it does.
     pub(super) fn is_movable(&self) -> bool {
-        self.worker.is_some_and(|w| w.is_shared())
+        self.rate > 0 && self.worker.is_some_and(|w| w.is_shared())
     }
 
     pub(super) fn packets(&self) -> u64 {
@@ -164,7 +167,7 @@ impl Pod {
             None => self.tick_at = None,
             Some(_) if self.tick_at.is_none() => {
                 self.ticked = Instant::now();
-                self.tick_at = Some(pace::aligned(epoch, self.ticked + self.pace.interval()));
+                self.tick_at = Some(pace::aligned(epoch, self.ticked, self.pace.interval()));
             }
             Some(_) => {}
         }
@@ -178,12 +181,12 @@ impl Pod {
         epoch: Instant,
     ) -> bool {
         let elapsed = now - self.ticked;
-        let before = self.packets;
         self.count(counters);
-        self.rate = pace::per_second(self.packets - before, elapsed);
+        self.rate = pace::per_second(self.packets - self.at_tick, elapsed);
+        self.at_tick = self.packets;
         let renew = self.pace.tick(self.counted, elapsed);
         self.ticked = now;
-        self.tick_at = Some(pace::aligned(epoch, now + self.pace.interval()));
+        self.tick_at = Some(pace::aligned(epoch, now, self.pace.interval()));
         renew
     }
 
@@ -229,12 +232,16 @@ impl Pod {
                 self.tick_at = None;
                 self.record.gone();
             }
-            Err(error) => tracing::warn!(%error, "the pod's links could not be read"),
+            Err(error) => {
+                // What has happened is not known, and no second event may come for it.
+                tracing::warn!(%error, "the pod's links could not be read");
+                self.retry_later();
+            }
         }
         !self.host_ends().eq(before)
     }
 
-    /// Its worker could not take over all of it.
+    /// Its links could not be read, or its worker could not take over all of it.
     fn retry_later(&mut self) {
         self.refresh_at = Some(Instant::now() + self.retry);
         self.retry = (self.retry * 2).min(MOST_RETRY);

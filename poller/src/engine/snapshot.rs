@@ -25,6 +25,8 @@ pub struct WorkerSnapshot {
     pub state: WorkerState,
     /// Pods that it polls.
     pub pods: usize,
+    /// Uplinks that it polls.
+    pub uplinks: usize,
     /// Leases started.
     pub renewals: u64,
     /// Whether it is parked now.
@@ -60,15 +62,16 @@ impl Kept {
         });
         let now = Instant::now();
         let workers = self.workers.slots.iter().map(|(key, slot)| {
-            let of = self.pods.values().filter(|p| p.worker == Some(*key));
+            let of = || self.pods.values().filter(|p| p.worker == Some(*key));
             WorkerSnapshot {
                 state: slot.worker.state.clone(),
-                pods: slot.pods(),
+                pods: of().count(),
+                uplinks: slot.users().saturating_sub(of().count()),
                 renewals: slot.renewals,
                 parked: slot.worker.is_parked(),
                 busy: slot.busy(),
                 age: now - slot.made,
-                rate: of.map(|p| p.rate).sum(),
+                rate: of().map(|p| p.rate).sum(),
             }
         });
         Snapshot {

@@ -50,7 +50,8 @@ pub(super) struct Slot {
     pub(super) made: Instant,
     /// Leases started.
     pub(super) renewals: u64,
-    pods: usize,
+    /// Pods and uplinks that it polls.
+    users: usize,
     lease_asked: bool,
 }
 
@@ -60,8 +61,8 @@ impl Slot {
         self.worker.busy()
     }
 
-    pub(super) fn pods(&self) -> usize {
-        self.pods
+    pub(super) fn users(&self) -> usize {
+        self.users
     }
 }
 
@@ -114,12 +115,12 @@ impl Workers {
                 worker: worker::make(policy, cpu, claim, config)?,
                 made: Instant::now(),
                 renewals: 0,
-                pods: 0,
+                users: 0,
                 lease_asked: false,
             },
         };
         let slot = self.slots.entry(key).or_insert(slot);
-        slot.pods += 1;
+        slot.users += 1;
         Ok((key, slot.worker.state.clone()))
     }
 
@@ -133,8 +134,8 @@ impl Workers {
                 tracing::warn!(%error, "a NAPI is still in the list of a worker");
             }
         }
-        slot.pods = slot.pods.saturating_sub(1);
-        if slot.pods == 0 {
+        slot.users = slot.users.saturating_sub(1);
+        if slot.users == 0 {
             self.slots.remove(&key);
         }
     }

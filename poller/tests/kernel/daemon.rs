@@ -24,18 +24,18 @@ const SIGTERM: i32 = 15;
 const SIGKILL: i32 = 9;
 
 /// A running daemon; killed when it is dropped.
-struct Daemon {
+pub(crate) struct Daemon {
     child: Child,
     dir: PathBuf,
 }
 
 /// What is installed, where it has been built; else the one beside this test.
-fn binary() -> PathBuf {
+pub(crate) fn binary() -> PathBuf {
     let built = env!("CARGO_BIN_EXE_kbp-poller").into();
     std::env::var_os("KBP_BIN_DIR").map_or(built, |dir| Path::new(&dir).join("kbp-poller"))
 }
 
-fn command(node: &Node, config: &str) -> Command {
+pub(crate) fn command(node: &Node, config: &str) -> Command {
     let mut command = Command::new(binary());
     command
         .arg("serve")
@@ -47,7 +47,7 @@ fn command(node: &Node, config: &str) -> Command {
     command
 }
 
-fn spawn(node: &Node, command: &mut Command) -> Daemon {
+pub(crate) fn spawn(node: &Node, command: &mut Command) -> Daemon {
     let child = node.host.run(|| command.spawn()).expect("enter");
     Daemon {
         child: child.expect("start kbp-poller"),
@@ -64,14 +64,14 @@ fn complaint(node: &Node, mut command: Command) -> String {
 }
 
 impl Daemon {
-    fn start(node: &Node, config: &str) -> Self {
+    pub(crate) fn start(node: &Node, config: &str) -> Self {
         let mut daemon = spawn(node, &mut command(node, config));
         daemon.wait_ready();
         daemon
     }
 
     /// Waits until this one serves.
-    fn wait_ready(&mut self) {
+    pub(crate) fn wait_ready(&mut self) {
         let ready = self.dir.join(api::READY);
         let pid = format!("{}\n", self.pid());
         let child = &mut self.child;
@@ -87,7 +87,7 @@ impl Daemon {
         });
     }
 
-    fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
@@ -95,20 +95,26 @@ impl Daemon {
         self.dir.join(api::SOCKET)
     }
 
-    fn client(&self) -> Client {
+    pub(crate) fn client(&self) -> Client {
         Client::connect(&self.socket(), LIMIT).expect("connect")
     }
 
-    fn signal(&self, signal: i32) {
+    pub(crate) fn signal(&self, signal: i32) {
         assert!(process::kill(self.pid(), signal).expect("signal"));
     }
 
-    fn kill(mut self) {
+    pub(crate) fn kill(mut self) {
         self.signal(SIGKILL);
         self.child.wait().expect("wait");
     }
 
-    fn metrics(&self) -> String {
+    /// Ends it in the orderly way.
+    pub(crate) fn end(mut self) {
+        self.signal(SIGTERM);
+        assert!(self.child.wait().expect("wait").success());
+    }
+
+    pub(crate) fn metrics(&self) -> String {
         let mut stream = UnixStream::connect(self.dir.join("metrics.sock")).expect("connect");
         stream.set_read_timeout(Some(LIMIT)).expect("limit");
         stream
@@ -186,7 +192,7 @@ fn mount(args: &[&str]) {
     assert!(status.expect("mount").success(), "{args:?}");
 }
 
-fn pool() -> String {
+pub(crate) fn pool() -> String {
     format!("cpus = \"{}\"", any_cpu())
 }
 
@@ -430,6 +436,123 @@ fn a_daemon_that_refuses_or_hangs_leaves_the_pod_where_it_is() {
         polled.is_at_daemon().then_some(())
     });
     assert_eq!(owner(&node), Some(daemon.pid()));
+}
+
+/// A daemon of which this test has the reins: it reads a request, and answers when it is told to.
+struct Reins {
+    stream: UnixStream,
+    bytes: Vec<u8>,
+}
+
+impl Reins {
+    /// Serves in the node's state directory, and waits for the first who comes.
+    fn take(node: &Node) -> Self {
+        let dir = node.state_dir();
+        let listener = UnixListener::bind(dir.join(api::SOCKET)).expect("bind");
+        std::fs::write(dir.join("new.pid"), "1\n").expect("write");
+        std::fs::rename(dir.join("new.pid"), dir.join(api::READY)).expect("rename");
+        let (stream, _) = listener.accept().expect("a client");
+        stream.set_read_timeout(Some(LIMIT)).expect("limit");
+        Self {
+            stream,
+            bytes: Vec::new(),
+        }
+    }
+
+    /// The next request: its stream and its method.
+    fn next(&mut self) -> (u32, String) {
+        use prost::Message;
+        loop {
+            if let Some((frame, used)) = api::next_frame(&self.bytes).expect("a frame") {
+                self.bytes.drain(..used);
+                let request = api::Request::decode(frame.payload.as_slice()).expect("a request");
+                return (frame.stream, request.method);
+            }
+            let mut byte = [0];
+            self.stream.read_exact(&mut byte).expect("read");
+            self.bytes.extend(byte);
+        }
+    }
+
+    fn answer(&mut self, stream: u32, code: Code, message: &str) {
+        use prost::Message;
+        let status = api::Status {
+            code: code as i32,
+            message: message.to_owned(),
+        };
+        let response = api::Response {
+            status: Some(status),
+            payload: Vec::new(),
+        };
+        let frame = api::Frame {
+            stream,
+            kind: api::Kind::Response,
+            flags: api::REMOTE_CLOSED,
+            payload: response.encode_to_vec(),
+        };
+        self.stream.write_all(&frame.encode()).expect("write");
+    }
+}
+
+/// When the daemon is asked to poll, its predecessor has let go: no moment has two of them. (After a `kill -9` the other way round is shown
+/// with real shims.)
+#[test]
+fn who_hands_over_has_let_go_before_the_other_is_asked() {
+    let node = Node::new();
+    let polled = polled(&node, "a", WorkerPolicy::Shared, &pool());
+    let _traffic = node.traffic();
+    node.wait_polled(100);
+    let mut daemon = Reins::take(&node);
+    let (stream, method) = daemon.next();
+    assert_eq!(method, "Detach", "a question whether it answers at all");
+    node.wait_polled(50);
+    daemon.answer(stream, Code::Ok, "");
+    let (stream, method) = daemon.next();
+    assert_eq!(method, "Attach");
+    let (polled_then, came) = (node.polled(), node.host_link("vhost0").rx_packets);
+    wait_until("many more packets", || {
+        (node.host_link("vhost0").rx_packets > came + 500).then_some(())
+    });
+    // The round that was under way when it let go: at most 8 packets.
+    let more = node.polled() - polled_then;
+    assert!(more <= 8, "{more} of 500 packets were still polled");
+    daemon.answer(stream, Code::Internal, "not today");
+    node.wait_polled(100);
+    assert!(!polled.is_at_daemon());
+    assert_eq!(owner(&node), Some(std::process::id()));
+}
+
+#[test]
+fn there_are_bounds_on_how_many_pods_a_daemon_takes() {
+    let node = Node::new();
+    let named = Named::new(&node.pod);
+    let daemon = Daemon::start(&node, "");
+    let mut holder = daemon.client();
+    attached(&mut holder, &request("first", &node.pod));
+    // They wait for the first, and so cost nothing but their place.
+    let waiting = |n: usize| AttachRequest {
+        id: format!("waits-{n}"),
+        netns: named.path.display().to_string(),
+        bound: false,
+        ..request("", &node.pod)
+    };
+    let mut client = daemon.client();
+    for n in 1..1000 {
+        client.renew(LIMIT);
+        assert_eq!(
+            client.attach(&waiting(n)).expect("a place"),
+            Attached::Waiting
+        );
+    }
+    let (code, reason) = refused(&mut client, &waiting(1000));
+    assert_eq!(code, Code::ResourceExhausted, "{reason}");
+    assert!(
+        reason.contains("1000") && reason.contains("detach"),
+        "{reason}"
+    );
+    assert!(client.detach("test", "waits-1", false).expect("detach"));
+    client.attach(&waiting(1000)).expect("its place");
+    assert_eq!(names(&mut client), ["first"]);
 }
 
 #[test]
@@ -821,6 +944,10 @@ fn metrics_are_scraped() {
         value.parse().expect("a number")
     };
     assert!(value("kbp_pod_packets_total") > 200.0);
+    assert!(value("kbp_node_polled_packets_total") >= 200.0);
+    // Its sockets do not poll.
+    assert!(value("kbp_pod_socket_polled_packets_total") == 0.0);
+    assert!(value("kbp_worker_uplinks") == 0.0);
     assert!(value("kbp_worker_lease_renewals_total") >= 1.0);
     assert!(value("kbp_worker_busy_seconds_total") > 0.0);
     assert!(value("kbp_worker_idle_seconds_total") >= 0.0);
@@ -1158,6 +1285,8 @@ fn a_pod_is_moved_whole_from_a_hot_core() {
     let stop = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
+            // As the other sender: then the one of the two pods that is polled on the other CPU is seen to be.
+            process::set_affinity(0, &[first].into_iter().collect()).expect("pin the sender");
             while !stop.load(std::sync::atomic::Ordering::Relaxed) {
                 // Nobody listens: some sends tell that of an earlier one.
                 let _ = socket.send_to(&[0; 64], "10.201.0.1:9");
@@ -1169,6 +1298,7 @@ fn a_pod_is_moved_whole_from_a_hot_core() {
                 client.renew(LIMIT);
                 (cpu_of(&mut client, "loud") != cpu_of(&mut client, neighbour)).then_some(())
             });
+            node.wait_polled(100);
         }));
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
         moved.expect("moved");
@@ -1181,7 +1311,6 @@ fn a_pod_is_moved_whole_from_a_hot_core() {
         .collect();
     assert!(!moved.is_empty(), "{moved:?}");
     assert!(moved.iter().all(|p| p.degraded.is_empty()), "{moved:?}");
-    node.wait_polled(100);
 }
 
 /// The daemon speaks ttrpc, and not only what its own client takes for it.

@@ -8,7 +8,29 @@ use kbp_kernel::netns::Netns;
 use kbp_poller::attach::Attachment;
 use kbp_poller::state::{self, InterfaceState, Part};
 
+use crate::changes;
 use crate::node::{Node, execute, ip, wait_until};
+
+/// Nothing of these attachments happens by the clock: see [`changes`].
+#[test]
+fn every_change_is_noticed_by_an_event() {
+    for change in changes::visible(true) {
+        changes::times_to_notice(&change, 2);
+    }
+}
+
+/// The figures of docs/poller.md, of a machine that does nothing else.
+#[test]
+#[ignore = "a measurement; run it alone, with --nocapture"]
+fn how_long_changes_go_unnoticed() {
+    println!("20 times each, ms: median, longest");
+    for change in changes::visible(true) {
+        let mut times = changes::times_to_notice(&change, 20);
+        times.sort_unstable();
+        let ms = |n: usize| times[n].as_secs_f64() * 1e3;
+        println!("{:40} {:6.0} {:6.0}", change.name, ms(10), ms(19));
+    }
+}
 
 fn interface(attachment: &Attachment) -> InterfaceState {
     attachment.state().interfaces.remove(0)

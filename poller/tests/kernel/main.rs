@@ -1,6 +1,7 @@
 //! Attach and detach on the running kernel: each test on a node of its own, made of two network namespaces. Needs root.
 
 mod attach;
+mod changes;
 mod claims;
 mod daemon;
 mod events;

@@ -1,9 +1,11 @@
 //! Uplinks: interfaces of the node itself. A veth end stands in for a card here; `tests/tests/kernels` has virtio.
 
 use kbp_kernel::ethtool::{Features, set_features};
+use kbp_poller::api;
 use kbp_poller::engine::Engine;
-use kbp_poller::uplink::{Uplink, UplinkState};
+use kbp_poller::uplink::{self, Uplink, UplinkState};
 
+use crate::daemon::Daemon;
 use crate::node::{Node, any_cpu, ip, wait_until};
 
 /// Packets that have to be polled before it counts: softirq handles none of them on the worker's CPU.
@@ -101,4 +103,80 @@ fn what_keeps_it_from_being_polled_is_told() {
     let (_engine, uplink) = uplink(&node, "lo", &pool());
     let told = uplink.state().degraded.expect("a reason");
     assert!(told.contains("lo"), "{told}");
+}
+
+/// The daemon's uplinks are in its API, in its metrics and in state files.
+#[test]
+fn the_daemon_tells_of_its_uplinks_and_clears_what_a_killed_one_left() {
+    let node = node();
+    let config = format!("{}\nuplinks = [\"vhost0\", \"vhost9\"]", pool());
+    let daemon = Daemon::start(&node, &config);
+    let listed = daemon.client().uplinks().expect("list");
+    let [polled, missing] = &listed[..] else {
+        panic!("{listed:?}");
+    };
+    assert_eq!(polled.interface, "vhost0");
+    assert_eq!((polled.degraded.as_str(), polled.napis.len()), ("", 1));
+    assert_eq!(polled.worker.as_ref().expect("a worker").policy, "shared");
+    assert_eq!((missing.worker.as_ref(), missing.napis.len()), (None, 0));
+    assert!(
+        missing.degraded.contains("no interface vhost9"),
+        "{missing:?}"
+    );
+    assert_eq!(
+        daemon.client().list().expect("list"),
+        Vec::<api::Pod>::new()
+    );
+
+    let traffic = node.traffic();
+    node.wait_polled(SOME);
+    let text = daemon.metrics();
+    let value = |start: &str| -> u64 {
+        let line = text.lines().find(|l| l.starts_with(start));
+        let line = line.unwrap_or_else(|| panic!("no {start} in\n{text}"));
+        line.rsplit(' ')
+            .next()
+            .expect("a value")
+            .parse()
+            .expect("a number")
+    };
+    assert!(value("kbp_uplink_received_packets_total{interface=\"vhost0\"}") >= SOME);
+    assert!(value("kbp_node_polled_packets_total") >= SOME);
+    assert_eq!(value("kbp_uplink_polled_napis{interface=\"vhost0\"}"), 1);
+    assert_eq!(value("kbp_uplink_polled_napis{interface=\"vhost9\"}"), 0);
+    assert_eq!(
+        value("kbp_uplink_worker{interface=\"vhost0\",policy=\"shared\""),
+        1
+    );
+    assert_eq!(value("kbp_worker_uplinks{"), 1);
+    assert_eq!(value("kbp_worker_pods{"), 0, "an uplink is no pod");
+
+    let told = || uplink::read_all(&node.state_dir()).expect("state files");
+    let names = |told: &[UplinkState]| -> Vec<String> {
+        told.iter().map(|u| u.interface.clone()).collect()
+    };
+    assert_eq!(names(&told()), ["vhost0", "vhost9"]);
+    assert_eq!(told()[0].napis, polled.napis);
+    ip(&node.host, "link set vhost0 down");
+    wait_until("the news", || {
+        let degraded = told()[0].degraded.clone();
+        degraded
+            .is_some_and(|d| d.contains("is down"))
+            .then_some(())
+    });
+    ip(&node.host, "link set vhost0 up");
+    traffic.wait_taken(SOME);
+
+    daemon.kill();
+    assert_eq!(told(), [], "nobody owns them");
+    let next = Daemon::start(&node, &pool());
+    let left = std::fs::read_dir(node.state_dir().join("uplinks")).expect("directory");
+    assert_eq!(left.count(), 0, "and the next one sweeps");
+    next.end();
+    let daemon = Daemon::start(&node, &config);
+    assert_eq!(names(&told()), ["vhost0", "vhost9"]);
+    daemon.end();
+    let left = std::fs::read_dir(node.state_dir().join("uplinks")).expect("directory");
+    assert_eq!(left.count(), 0);
+    traffic.wait_left();
 }

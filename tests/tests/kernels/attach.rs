@@ -6,6 +6,7 @@ use kbp_poller::attach::{Attachment, clear_leftovers};
 use kbp_poller::policy::WorkerPolicy;
 use kbp_poller::state::{self, Degraded, Part};
 
+use crate::changes;
 use crate::known::Known;
 use crate::node::{Node, any_cpu, ip, thread_lives, wait_parked, wait_until};
 
@@ -134,6 +135,15 @@ fn a_pod_that_lives_on_gets_its_offloads_back_in_a_guest() {
     attachment.detach_and_restore().expect("detach");
     let after = ends.map(|(n, name)| ethtool::features(n, name).expect("features"));
     assert_eq!(after, before);
+}
+
+/// A change of features is a link event on each kernel, as the others are; see [`changes`].
+#[test]
+#[ignore = "run in an emulated machine by linux_*"]
+fn every_change_of_a_link_is_noticed_by_an_event_in_a_guest() {
+    for change in changes::visible(Known::here().napi_ids) {
+        changes::times_to_notice(&change, 1);
+    }
 }
 
 /// A NAPI's own thread is the only worker that outlives its owner: who comes next ends it.

@@ -1,7 +1,10 @@
 //! The whole way on a machine with cgroup v2 only: containerd, the shim, runc. The development machine has v1.
 
-use kbp_tests::lab::{LIMIT, on_with};
+use kbp_tests::lab::on_with;
 use kbp_tests::{Arm, Lab, Settings, wait_until};
+
+/// Longest wait for anything: the CPUs are emulated, on a machine that may be busy.
+const LIMIT: std::time::Duration = std::time::Duration::from_secs(90);
 
 /// Memory of a container, in bytes.
 const LIMITED: u64 = 64 << 20;

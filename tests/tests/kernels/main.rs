@@ -5,11 +5,14 @@
 
 mod attach;
 mod cgroup2;
+#[path = "../../../poller/tests/kernel/changes.rs"]
+mod changes;
 mod doctor;
 mod known;
 #[path = "../../../poller/tests/kernel/node.rs"]
 #[allow(dead_code, reason = "the poller's own tests use more of it")]
 mod node;
+mod systemd;
 mod uplink;
 
 use std::time::Duration;
@@ -21,12 +24,18 @@ const LIMIT: Duration = Duration::from_secs(400);
 
 /// Runs the tests that are for a guest on a kernel.
 fn on(series: &str) {
+    run(series, "in_a_guest", &[]);
+}
+
+/// Runs those tests in a machine of this kernel whose names say so.
+fn run(series: &str, tests: &str, environment: &[(&str, &str)]) {
     let kernel = Kernel::unpacked(series).expect("a kernel");
     let here = std::env::current_exe().expect("this program");
     // One at a time: workers need a CPU of two.
-    let arguments = ["--ignored", "--test-threads=1", "in_a_guest"];
+    let arguments = ["--ignored", "--test-threads=1", tests];
+    let environment = [environment, &[("KBP_SERIES", series)]].concat();
     let output = kernel
-        .run_with(LIMIT, &here, &arguments, &[("KBP_SERIES", series)])
+        .run_with(LIMIT, &here, &arguments, &environment)
         .expect("an emulated machine");
     let ran = output.stdout.contains("test result: ok.") && !output.stdout.contains(" 0 passed");
     assert!(
@@ -57,4 +66,9 @@ fn linux_6_18() {
 #[test]
 fn linux_7() {
     on("7");
+}
+
+#[test]
+fn linux_7_under_systemd() {
+    run("7", "in_a_booted_guest", &[("VM_INIT", "systemd")]);
 }
