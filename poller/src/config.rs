@@ -25,7 +25,7 @@ const DEFAULT_HOT: u64 = 100_000;
 /// Value of `cpus` for the CPUs that the kernel isolates.
 const ISOLATED: &str = "isolated";
 
-const KEYS: &str = "worker, busy-poll, profile, required, cpus, uplinks, state-dir, runtime, disable, hot, kubelet-state, node-busy-poll";
+const KEYS: &str = "worker, busy-poll, profile, required, cpu-latency, cpus, uplinks, state-dir, runtime, disable, hot, kubelet-state, node-busy-poll";
 
 /// A kernel feature that the operator can switch off, for a kernel on which it misbehaves.
 /// kbp then acts as if the kernel had refused it.
