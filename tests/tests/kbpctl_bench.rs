@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use kbp_tests::binaries::{kbp_binary, program, reference_cni_dir};
 use kbp_tests::command::{self, Output, Running, running};
-use kbp_tests::{Containerd, Generation, Leftovers, Sandbox, wait_until};
+use kbp_tests::{Containerd, Generation, Leftovers, Sandbox, Terminal, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -295,6 +295,36 @@ fn nothing_is_left_however_a_bench_ends() {
         assert_eq!(cgroups(&name), Vec::<PathBuf>::new());
         assert!(!running(bench.pid()));
     }
+}
+
+#[test]
+fn a_terminal_shows_the_time_left_and_its_ctrl_c_removes_everything() {
+    let sandbox = Sandbox::new().expect("node");
+    let node = Node::new(&sandbox);
+    let bench = node.command(&["rtt", "--seconds", "60", "--arms", "stock"]);
+    let mut words = bench.get_args().map(|a| a.to_string_lossy().into_owned());
+    // What stands behind nsenter's own arguments.
+    let own = words.by_ref().skip_while(|w| !w.ends_with("/kbpctl"));
+    let own: Vec<String> = own.collect();
+    let mut shell = node.containerd.command("sh");
+    let script = format!(
+        "trap : INT; {}; echo status $?; echo the end",
+        own.join(" ")
+    );
+    shell.args(["-c", &script]).env("TERM", "xterm");
+    let mut terminal = Terminal::start(&shell).expect("terminal");
+    terminal.resize(30, 180).expect("resize");
+    terminal
+        .expect("round 1 of 5, stock, about ", LIMIT)
+        .expect("a bar");
+    terminal.expect(" s left", LIMIT).expect("the time left");
+    terminal.type_text("\x03").expect("Ctrl-C");
+    let shown = terminal.expect("the end", LIMIT).expect("end");
+    assert!(
+        shown.contains("status 130") && shown.contains("everything that was made is removed"),
+        "{shown}"
+    );
+    node.is_clean();
 }
 
 #[test]

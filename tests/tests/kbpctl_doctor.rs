@@ -5,9 +5,11 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use kbp_tests::binaries::kbp_binary;
-use kbp_tests::command::{self, Output};
+use kbp_tests::command::{self, Output, Running};
 use kbp_tests::lab::LIMIT;
-use kbp_tests::{Containerd, Generation, Sandbox, Settings, fixtures};
+use kbp_tests::{Containerd, Generation, Leftovers, Sandbox, Settings, fixtures};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 const GOOD_NETWORK: &str = r#"{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"kbp","ipam":{"type":"kbp-local","ranges":[[{"subnet":"10.88.0.0/24"}]]}}]}"#;
@@ -303,6 +305,43 @@ fn an_unprivileged_person_is_told_what_could_not_be_tried() {
     assert!(said.found("privileges").contains("not running as root"));
     assert!(said.found("veth-napi").starts_with("not tried"));
     drop(node);
+}
+
+/// It makes a veth pair, rings and filters to try them; what it does between the moments is not known, so there are several.
+#[test]
+fn nothing_is_left_of_what_it_tries_whenever_it_is_ended() {
+    let sandbox = Sandbox::new().expect("node");
+    let node = Node::new(&sandbox, "");
+    let before = Leftovers::of(&sandbox).expect("before");
+    let kbpctl = kbp_binary("kbpctl").expect("kbpctl");
+    let out = sandbox.dir().join("report.tar");
+    for arguments in [
+        &["doctor"][..],
+        &["report", "--out", &out.display().to_string()],
+    ] {
+        for (signal, after) in [
+            (Signal::SIGINT, 20),
+            (Signal::SIGINT, 60),
+            (Signal::SIGTERM, 100),
+            (Signal::SIGKILL, 40),
+            (Signal::SIGKILL, 150),
+        ] {
+            let mut command = node.containerd.command(&kbpctl);
+            command.args(arguments).env("NETCONFPATH", &node.networks);
+            let mut running = Running::start(command).expect("start");
+            // Nothing is awaited: it is the moment that the test is about.
+            std::thread::sleep(std::time::Duration::from_millis(after));
+            let pid = Pid::from_raw(i32::try_from(running.pid()).expect("pid"));
+            let _ = kill(pid, signal);
+            running.wait(LIMIT).expect("end");
+            Leftovers::wait_until_clean(&sandbox, &before).expect("clean");
+            // Whole, with the two empty blocks at its end, or not at all.
+            if let Ok(archive) = std::fs::read(&out) {
+                assert!(archive.len() > 1024 && archive.ends_with(&[0; 1024]));
+                std::fs::remove_file(&out).expect("remove");
+            }
+        }
+    }
 }
 
 struct Remove(std::path::PathBuf);

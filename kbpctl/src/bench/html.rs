@@ -145,7 +145,38 @@ mod tests {
         ] {
             assert!(html.contains(part), "{part}");
         }
-        assert_eq!(html.matches("<svg").count(), html.matches("</svg>").count());
         assert_eq!(html.matches("<svg").count(), 4);
+    }
+
+    /// What a browser would have to guess about is drawn otherwise by each of them.
+    #[test]
+    fn every_element_is_closed_in_its_order() {
+        const VOID: [&str; 2] = ["meta", "link"];
+        for workload in ["rtt", "pps", "bulk"] {
+            let mut bench = bench();
+            bench.workload = workload.to_owned();
+            let html = render(&bench);
+            let mut open = Vec::new();
+            for tag in html.split('<').skip(1) {
+                let (tag, _) = tag.split_once('>').expect("an end of the tag");
+                let name = tag.split_whitespace().next().unwrap_or_default();
+                assert_eq!(tag.matches('"').count() % 2, 0, "quotes of <{tag}>");
+                if let Some(name) = name.strip_prefix('/') {
+                    assert_eq!(open.pop(), Some(name), "</{name}>");
+                } else if !tag.ends_with('/') && !tag.starts_with('!') && !VOID.contains(&name) {
+                    open.push(name);
+                }
+            }
+            assert_eq!(open, Vec::<&str>::new());
+            for attribute in ["x1", "y1", "x2", "y2", "width", "height", "points"] {
+                let begin = format!(" {attribute}=\"");
+                let values = html.split(begin.as_str()).skip(1);
+                for value in values.filter_map(|v| v.split('"').next()) {
+                    let number = |v: &str| v.parse::<f64>().is_ok_and(f64::is_finite);
+                    let numbers = value.split([' ', ',']);
+                    assert!(numbers.into_iter().all(number), "{attribute}: {value}");
+                }
+            }
+        }
     }
 }

@@ -299,7 +299,8 @@ fn measure(workload: &str, common: &Common, job: &Job) -> Result<String> {
         .map(|a| ArmResult::new(&a.name, &a.what))
         .collect();
     let asked_twice = if job.sockperf {
-        job.seconds.ceil()
+        // Its own start and end included.
+        job.seconds.floor().max(1.0) + 2.0
     } else {
         0.0
     };

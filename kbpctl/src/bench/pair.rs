@@ -383,7 +383,8 @@ impl Node {
             .exec(&server.id, "sockperf", &["sh", "-c", &serve], START)?
             .good()?;
         let to = server.address.to_string();
-        let seconds = job.seconds.ceil().max(1.0).to_string();
+        // It takes whole seconds only; fewer than ours, so that --quick stays quick.
+        let seconds = job.seconds.floor().max(1.0).to_string();
         let out = format!("sockperf-{}", self.count);
         // Bound to a port: left alone, sockperf's UDP client neither binds nor connects, so kbp never sees its socket; kbpctl's connects.
         // Again where its server was not there yet, or a second held too few requests for its taste.

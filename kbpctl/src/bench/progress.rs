@@ -30,9 +30,7 @@ impl Progress {
 
     /// Says what comes now.
     pub(crate) fn step(&mut self, what: &str) {
-        let left = Duration::from_secs_f64(
-            self.each().as_secs_f64() * (self.steps - self.done.min(self.steps)) as f64,
-        );
+        let left = left(self.steps, self.done, self.begin.elapsed(), self.expected);
         self.bar
             .set_message(format!("{what}, about {} s left", left.as_secs() + 1));
         self.bar.tick();
@@ -43,18 +41,32 @@ impl Progress {
         self.done += 1;
         self.bar.set_position(self.done);
     }
+}
 
-    /// What a step takes: as expected, and after the first ones as seen.
-    fn each(&self) -> Duration {
-        match u32::try_from(self.done) {
-            Ok(done) if done > 0 => self.begin.elapsed() / done,
-            _ => self.expected,
-        }
-    }
+/// The time that is left: a step takes what is expected, and after the first ones what was seen.
+fn left(steps: u64, done: u64, elapsed: Duration, expected: Duration) -> Duration {
+    let each = match u32::try_from(done) {
+        Ok(done) if done > 0 => elapsed / done,
+        _ => expected,
+    };
+    Duration::from_secs_f64(each.as_secs_f64() * steps.saturating_sub(done) as f64)
 }
 
 impl Drop for Progress {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_left_follows_what_the_steps_took() {
+        let seconds = Duration::from_secs;
+        assert_eq!(left(10, 0, seconds(0), seconds(6)), seconds(60));
+        assert_eq!(left(10, 5, seconds(40), seconds(6)), seconds(40));
+        assert_eq!(left(10, 10, seconds(80), seconds(6)), seconds(0));
     }
 }

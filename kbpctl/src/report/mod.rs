@@ -6,12 +6,15 @@
 mod redact;
 
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use kbp_poller::config::Config;
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag};
+use nix::unistd::linkat;
 use serde_json::{Value, json};
 
 use crate::doctor::program::{find, output};
@@ -74,20 +77,7 @@ pub(crate) fn run(out: Option<PathBuf>, address: &Path) -> Result<String> {
             .with_context(|| format!("pack {file}"))?;
     }
     let bytes = archive.into_inner().context("pack the archive")?;
-    // Whole or not at all, and never over a file that is there.
-    let mut file = std::fs::File::options()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&out)
-        .with_context(|| format!("create {} (another name by --out)", out.display()))?;
-    let written = file.write_all(&bytes).and_then(|()| file.sync_all());
-    written
-        .inspect_err(|_| {
-            // Half an archive is of no use.
-            let _ = std::fs::remove_file(&out);
-        })
-        .with_context(|| format!("write {}", out.display()))?;
+    write_new(&out, &bytes)?;
     let names: Vec<&str> = files.iter().map(|f| f.0.as_str()).collect();
     Ok(format!(
         "{}: {}\nLook through it before you hand it on: it names interfaces, pods and their namespaces. Values that look secret were replaced by {}.\n",
@@ -95,6 +85,43 @@ pub(crate) fn run(out: Option<PathBuf>, address: &Path) -> Result<String> {
         names.join(", "),
         redact::REMOVED
     ))
+}
+
+/// Writes a file whole or not at all, also when a signal comes in between, and never over one that is there.
+fn write_new(out: &Path, bytes: &[u8]) -> Result<()> {
+    let create = || format!("create {} (another name by --out)", out.display());
+    let write = || format!("write {}", out.display());
+    let dir = out.parent().filter(|d| !d.as_os_str().is_empty());
+    let mut options = std::fs::File::options();
+    options.write(true).mode(0o600);
+    // A file without a name, which goes by itself when this process ends before the file gets one.
+    let nameless = options
+        .clone()
+        .custom_flags(OFlag::O_TMPFILE.bits())
+        .open(dir.unwrap_or(Path::new(".")));
+    if let Ok(mut file) = nameless {
+        file.write_all(bytes)
+            .and_then(|()| file.sync_all())
+            .with_context(write)?;
+        let own = format!("/proc/self/fd/{}", file.as_raw_fd());
+        return linkat(
+            AT_FDCWD,
+            own.as_str(),
+            AT_FDCWD,
+            out,
+            AtFlags::AT_SYMLINK_FOLLOW,
+        )
+        .with_context(create);
+    }
+    // Not every file system has them.
+    let mut file = options.create_new(true).open(out).with_context(create)?;
+    let written = file.write_all(bytes).and_then(|()| file.sync_all());
+    written
+        .inspect_err(|_| {
+            // Half an archive is of no use.
+            let _ = std::fs::remove_file(out);
+        })
+        .with_context(write)
 }
 
 /// Every file of the archive. What cannot be had says why in its place.

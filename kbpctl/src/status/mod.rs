@@ -153,17 +153,9 @@ fn render(status: &Status, counters: &[Counters], dir: &Path, verbose: bool) -> 
 /// One row an interface; what is about the whole pod stands in the first.
 fn rows_of(pod: &PodState) -> Vec<Vec<String>> {
     let none = || "-".to_owned();
-    let id = |napi: Option<u32>| napi.map_or_else(none, |n| n.to_string());
-    let mut rows: Vec<Vec<String>> = pod
-        .interfaces
-        .iter()
-        .map(|i| {
-            vec![
-                String::new(),
-                format!("{} > {}", i.host_interface, i.pod_interface),
-                format!("{} > {}", id(i.host_napi), id(i.pod_napi)),
-            ]
-        })
+    let ends = veths(pod).into_iter().zip(napis(pod));
+    let mut rows: Vec<Vec<String>> = ends
+        .map(|(veth, napi)| vec![String::new(), veth, napi])
         .collect();
     if rows.is_empty() {
         rows.push(vec![String::new(), none(), none()]);
@@ -205,6 +197,13 @@ fn uplinks(uplinks: &[UplinkState]) -> String {
         }
     }
     out
+}
+
+/// The NAPI ids of both ends of each interface.
+fn napis(pod: &PodState) -> Vec<String> {
+    let id = |napi: Option<u32>| napi.map_or_else(|| "-".to_owned(), |n| n.to_string());
+    let ends = |i: &state::InterfaceState| format!("{} > {}", id(i.host_napi), id(i.pod_napi));
+    pod.interfaces.iter().map(ends).collect()
 }
 
 /// The worker and its CPU.

@@ -17,7 +17,7 @@ use ratatui::text::Line;
 use ratatui::widgets::{Paragraph, Row, Table, TableState, Wrap};
 
 use super::sample::{Previous, Rates, Sampler};
-use super::{Status, Written, parts, short, veths, window, worker};
+use super::{Status, Written, napis, parts, short, veths, window, worker};
 
 /// Longest wait before a signal or a key is noticed.
 const LOOK: Duration = Duration::from_millis(100);
@@ -205,7 +205,7 @@ impl View {
     }
 
     fn render(&mut self, frame: &mut Frame<'_>, dir: &Path) {
-        let details = if self.details { 8 } else { 0 };
+        let details = if self.details { 9 } else { 0 };
         let [head, table, below, foot] = Layout::vertical([
             Constraint::Length(1),
             Constraint::Min(3),
@@ -293,6 +293,7 @@ impl Shown {
         let pod = &self.pod;
         let mut lines = vec![
             Line::from(format!("{}/{}", pod.namespace, pod.id)),
+            Line::from(format!("NAPI: {}", napis(pod).join(", "))),
             Line::from(format!("worker: {}", pod.worker_reason)),
             Line::from(format!("window: {}", pod.busy_poll_reason)),
             Line::from(format!(
@@ -393,6 +394,7 @@ mod tests {
             "25",
             "75",
             "20 µs",
+            "NAPI: ",
             "missing epoll-busy-poll: the kernel is too old",
             "q quit",
         ] {

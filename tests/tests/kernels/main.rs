@@ -4,6 +4,7 @@
 //! Software emulation is slow, so `make test` runs two kernels and `make test-kernels` all.
 
 mod attach;
+mod bench;
 mod cgroup2;
 #[path = "../../../poller/tests/kernel/changes.rs"]
 mod changes;
