@@ -261,8 +261,12 @@ impl Bench {
     pub(crate) fn read(path: &Path) -> Result<Self> {
         let text =
             std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
-        let value: serde_json::Value = serde_json::from_str(&text)
-            .with_context(|| format!("{} is no JSON", path.display()))?;
+        let value: serde_json::Value = serde_json::from_str(&text).with_context(|| {
+            format!(
+                "{} is no JSON: give the result.json that --out leaves",
+                path.display()
+            )
+        })?;
         if value["format"] != FORMAT {
             bail!(
                 "{} is no result of this kbpctl bench (format {}, not {FORMAT}): it reads the result.json that --out leaves",

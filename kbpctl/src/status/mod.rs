@@ -106,7 +106,14 @@ pub(crate) fn run(state_dir: Option<&Path>, options: Options) -> Result<String> 
 fn render(status: &Status, counters: &[Counters], dir: &Path, verbose: bool) -> String {
     let mut out = String::new();
     if status.pods.is_empty() {
-        out += &format!("no pod is attached (state directory {})\n", dir.display());
+        let missing = match dir.exists() {
+            true => "",
+            false => ", which is not there",
+        };
+        out += &format!(
+            "no pod is attached (state directory {}{missing})\n",
+            dir.display()
+        );
     } else {
         let header = ["POD", "VETH", "NAPI", "WORKER", "CPU", "WINDOW", "MISSING"];
         let mut rows = vec![header.map(str::to_owned).to_vec()];
