@@ -236,6 +236,11 @@ fn status_lists_the_pods_that_live_and_names_the_files_that_do_not() {
     let output = run(&mut kbpctl(&["status", "--state-dir", state_dir]));
     assert!(output.status.success());
     assert!(text(&output.stdout).starts_with("no pod is attached"));
+    // A name that was mistyped is not taken for a node without pods.
+    let missing = dir.path().join("missing");
+    let missing = missing.to_str().expect("path");
+    let output = run(&mut kbpctl(&["status", "--state-dir", missing]));
+    assert!(text(&output.stdout).contains("which is not there"));
 
     let mut pod = PodState {
         id: "alive".to_owned(),
