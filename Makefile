@@ -97,7 +97,8 @@ KERNELS ?= 6.1 6.12 6.18 7
 test-kernels: needs-root deps build
 	for series in $(KERNELS); do tests/scripts/fetch-kernel $$series $(CURDIR)/target || exit 1; done
 	KBP_BIN_DIR=$(CURDIR)/$(RELEASE) $(CARGO) test --locked --package kbp-tests --test kernels -- \
-	    --include-ignored --exact --test-threads=1 --nocapture $(foreach k,$(KERNELS),linux_$(subst .,_,$(k)))
+	    --include-ignored --exact --test-threads=1 --nocapture $(foreach k,$(KERNELS),linux_$(subst .,_,$(k))) \
+	    $(if $(filter 6.1,$(KERNELS)),bench_with_cgroup_v2)
 
 lint:
 	$(CARGO) fmt --all --check

@@ -27,8 +27,8 @@ fn read(group: &Path, file: &str) -> String {
 }
 
 #[test]
-#[ignore = "run in an emulated machine by linux_*"]
-fn spinners_are_in_an_idle_cgroup_while_it_measures_in_a_guest() {
+#[ignore = "run in an emulated machine by bench_with_cgroup_v2"]
+fn spinners_are_in_an_idle_cgroup_while_it_measures_on_cgroup_v2() {
     let sandbox = Sandbox::new().expect("node");
     let containerd = Containerd::start(&sandbox, Generation::Machine).expect("containerd");
     let kbpctl = kbp_binary("kbpctl").expect("kbpctl");

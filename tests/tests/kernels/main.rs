@@ -73,3 +73,10 @@ fn linux_7() {
 fn linux_7_under_systemd() {
     run("7", "in_a_booted_guest", &[("VM_INIT", "systemd")]);
 }
+
+/// A machine of its own, so that the others keep their time.
+#[test]
+#[ignore = "run by make test-kernels"]
+fn bench_with_cgroup_v2() {
+    run("6.1", "on_cgroup_v2", &[]);
+}
