@@ -325,9 +325,8 @@ impl Parts {
         };
         let placed = kept.workers.join(plan, &request.config);
         if let Some((key, _)) = placed.worker
-            && let Err(reason) =
-                kept.workers
-                    .poll(key, &mut self.polled, &self.findings.host_napis(), tuner)
+            && let wanted = kept.workers.wanted(key, &self.findings)
+            && let Err(reason) = kept.workers.poll(key, &mut self.polled, &wanted, tuner)
         {
             // As at every later look at the links, which may find it mended.
             self.findings.degraded.push(Degraded {

@@ -22,10 +22,27 @@ pub(crate) struct Findings {
     /// Why NAPI ids are not known, where the kernel cannot tell them.
     pub(crate) ids_unknown: Option<String>,
     host_napis: Napis,
+    pod_napis: Napis,
 }
 
 /// NAPI instances that a worker is to poll, and whose they are.
-pub(crate) type Napis = BTreeMap<NapiId, Endpoint>;
+pub(crate) type Napis = BTreeMap<NapiId, Instance>;
+
+/// Whose a NAPI instance is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Instance {
+    pub(crate) veth: Endpoint,
+    pub(crate) end: End,
+}
+
+/// An end of a veth.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    /// Receives what the pod sends.
+    Host,
+    /// Receives what the pod is sent.
+    Pod,
+}
 
 impl Findings {
     /// Tunes every veth and gathers what came of it.
@@ -47,9 +64,15 @@ impl Findings {
             }));
     }
 
-    /// NAPIs that a worker is to poll.
+    /// NAPIs of the host ends, which every worker polls.
     pub(crate) fn host_napis(&self) -> Napis {
         self.host_napis.clone()
+    }
+
+    /// NAPIs of both ends.
+    pub(crate) fn napis(&self) -> Napis {
+        let both = self.host_napis.iter().chain(&self.pod_napis);
+        both.map(|(napi, end)| (*napi, end.clone())).collect()
     }
 
     fn add(&mut self, veth: &Endpoint, tuned: Tuned) {
@@ -60,8 +83,16 @@ impl Findings {
             host_napi: tuned.host_napis.first().map(|n| n.0),
             pod_napi: tuned.pod_napis.first().map(|n| n.0),
         });
-        let ends = tuned.host_napis.into_iter().map(|n| (n, veth.clone()));
-        self.host_napis.extend(ends);
+        let instance = |end| Instance {
+            veth: veth.clone(),
+            end,
+        };
+        let napis = tuned.host_napis.into_iter();
+        self.host_napis
+            .extend(napis.map(|n| (n, instance(End::Host))));
+        let napis = tuned.pod_napis.into_iter();
+        self.pod_napis
+            .extend(napis.map(|n| (n, instance(End::Pod))));
         if let Some(reason) = tuned.problem {
             self.degraded.push(Degraded {
                 part: Part::PollableVeth,

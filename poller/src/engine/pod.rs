@@ -253,6 +253,10 @@ impl Pod {
         if self.worker.is_none() && self.record.is_gone() && !wanted.is_empty() {
             workers.place(self);
         }
+        let wanted = match self.worker {
+            Some(key) => workers.wanted(key, &findings),
+            None => wanted,
+        };
         let outcome = workers.follow(self, &wanted);
         // Where ids are learnt from packets, one may have been lost.
         let unknown = findings.ids_unknown.filter(|_| self.worker.is_some());

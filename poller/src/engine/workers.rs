@@ -13,7 +13,7 @@ use crate::claim::Claim;
 use crate::config::Config;
 use crate::place::Placed;
 use crate::policy::WorkerPolicy;
-use crate::record::Napis;
+use crate::record::{End, Findings, Napis};
 use crate::state::WorkerState;
 use crate::tune::Tuner;
 use crate::worker::{self, Plan, Target, Worker};
@@ -186,6 +186,14 @@ impl Workers {
         Ok(())
     }
 
+    /// What of a pod's a worker is to poll.
+    pub(crate) fn wanted(&self, key: WorkerKey, findings: &Findings) -> Napis {
+        match self.slots.get(&key) {
+            Some(slot) if slot.worker.polls_pod_ends() => findings.napis(),
+            _ => findings.host_napis(),
+        }
+    }
+
     /// Has the pod's worker poll exactly `wanted`. Goes on after an error and tells the first.
     pub(crate) fn follow(&mut self, pod: &mut Pod, wanted: &Napis) -> Result<(), String> {
         match pod.worker {
@@ -215,18 +223,31 @@ impl Workers {
             outcome = outcome.clone().and(removed);
             stays
         });
-        for (napi, end) in wanted {
+        for (napi, instance) in wanted {
             if polled.contains_key(napi) {
                 continue;
             }
+            let veth = &instance.veth;
+            let (netns, link, other) = match instance.end {
+                End::Host => (
+                    &tuner.host,
+                    veth.host_index,
+                    (&tuner.pod, veth.pod_name.as_str()),
+                ),
+                End::Pod => (
+                    &tuner.pod,
+                    veth.pod_index,
+                    (&tuner.host, veth.host_name.as_str()),
+                ),
+            };
             let target = Target {
                 napi: *napi,
-                netns: &tuner.host,
-                link: end.host_index,
-                other: Some((&tuner.pod, &end.pod_name)),
+                netns,
+                link,
+                other: Some(other),
             };
             match slot.worker.add(&target) {
-                Ok(()) => drop(polled.insert(*napi, end.clone())),
+                Ok(()) => drop(polled.insert(*napi, instance.clone())),
                 Err(e) => outcome = outcome.and(Err(e.to_string())),
             }
         }

@@ -1,12 +1,13 @@
 //! Idle-class workers give way to containers, which have cgroups of their own.
 
+use std::net::UdpSocket;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use kbp_kernel::{CpuId, CpuSet, process};
+use kbp_kernel::{CpuId, CpuSet, cpu, netstat, process};
 use kbp_poller::policy::WorkerPolicy;
 
 use crate::node::{Node, thread_lives, wait_parked, wait_until};
@@ -85,6 +86,24 @@ fn an_idle_worker_gives_way_to_other_cgroups_or_the_state_says_that_it_does_not(
     let used = || process::cpu_time(std::process::id(), worker.tid).expect("cpu time");
     let parked = used();
     wait_until("the worker to run", || (used() > parked).then_some(()));
+    // It polls the pod's end, too, which nothing else does here.
+    let polled = || netstat::busy_poll_rx_packets(&node.pod).expect("counter");
+    let before = polled();
+    let socket = node
+        .host
+        .run(|| UdpSocket::bind("0.0.0.0:0"))
+        .expect("enter");
+    let socket = socket.expect("socket on the host");
+    // On a busy machine it seldom runs, so that only a flood from another CPU meets it.
+    let cpus = cpu::usable().expect("cpus");
+    let elsewhere: CpuSet = cpus.iter().filter(|c| c.0 != worker.cpu).collect();
+    process::set_affinity(0, &elsewhere).expect("pin");
+    wait_until("packets to be polled at the pod's end", || {
+        for _ in 0..20_000 {
+            socket.send_to(b"x", "10.200.0.2:9").expect("send");
+        }
+        (polled() > before).then_some(())
+    });
     let hog = Hog::start(root, CpuId(worker.cpu));
     let (before, since) = (used(), Instant::now());
     std::thread::sleep(Duration::from_millis(500));

@@ -98,6 +98,12 @@ impl Road {
         self.taken as f64 / self.latency.len().max(1) as f64
     }
 
+    /// Reads what the flood left.
+    pub(crate) fn drain(&self) {
+        let mut received = [0u8; BYTES];
+        while self.sink.recv(&mut received).is_ok() {}
+    }
+
     /// As many as will go: how many, and the seconds. Nobody reads them: they count as they come to the socket.
     pub(crate) fn flood(&self, seconds: f64) -> (u64, f64) {
         let begin = Instant::now();
