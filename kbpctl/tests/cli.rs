@@ -254,6 +254,8 @@ fn status_lists_the_pods_that_live_and_names_the_files_that_do_not() {
         worker_reason: "no interface".to_owned(),
         busy_poll_us: Some(20),
         busy_poll_reason: "auto".to_owned(),
+        busy_poll_mode: Default::default(),
+        prefer_busy_poll: false,
         sockets: SocketCounters::default(),
         cpuset: None,
         degraded: vec![Degraded {

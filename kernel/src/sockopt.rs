@@ -95,6 +95,32 @@ pub fn set_busy_poll(fd: BorrowedFd<'_>, window: Micros) -> Result<()> {
     Ok(())
 }
 
+/// Whether packets wait for the socket's own polling (SO_PREFER_BUSY_POLL).
+pub fn prefers_busy_poll(fd: BorrowedFd<'_>) -> Result<bool> {
+    let value = option(fd, libc::SO_PREFER_BUSY_POLL).map_err(|source| Error::Syscall {
+        what: "read SO_PREFER_BUSY_POLL".to_owned(),
+        source,
+    })?;
+    Ok(value != 0)
+}
+
+/// Sets SO_PREFER_BUSY_POLL (5.11+). To set it takes CAP_NET_ADMIN (EPERM).
+pub fn set_prefer_busy_poll(fd: BorrowedFd<'_>, prefer: bool) -> Result<()> {
+    let value = libc::c_int::from(prefer);
+    // SAFETY: `value` lives through the call and its size is given.
+    let answer = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PREFER_BUSY_POLL,
+            (&raw const value).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    check(answer, || format!("set SO_PREFER_BUSY_POLL to {value}"))?;
+    Ok(())
+}
+
 /// NAPI through which the socket's last packet came (SO_INCOMING_NAPI_ID); None before the first.
 pub fn incoming_napi(fd: BorrowedFd<'_>) -> Result<Option<NapiId>> {
     let value = option(fd, libc::SO_INCOMING_NAPI_ID).map_err(|source| Error::Syscall {

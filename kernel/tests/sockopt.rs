@@ -149,3 +149,16 @@ fn epoll_instances_are_told_from_other_files() {
     let error = sockopt::set_epoll_params(file.as_fd(), params).expect_err("no epoll");
     assert_eq!(error.errno(), Some(libc::ENOTTY), "{error}");
 }
+
+#[test]
+fn packets_can_be_had_wait_for_a_socket() {
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("socket");
+    assert!(!sockopt::prefers_busy_poll(socket.as_fd()).expect("read"));
+    for prefer in [true, false] {
+        sockopt::set_prefer_busy_poll(socket.as_fd(), prefer).expect("set");
+        assert_eq!(
+            sockopt::prefers_busy_poll(socket.as_fd()).expect("read"),
+            prefer
+        );
+    }
+}

@@ -9,6 +9,7 @@ use kbp_kernel::{CpuSet, IfIndex, NapiId, napi_thread};
 use nix::sys::eventfd::EventFd;
 
 use crate::config::{Config, Feature};
+use crate::defer::Deferral;
 use crate::endpoint::{self, Endpoint, Found};
 use crate::engine::{Engine, Kept, Latency, Pod, PodKey};
 use crate::place::{Placed, Placing};
@@ -122,6 +123,7 @@ impl Engine {
             pod: request.netns.try_clone()?,
             profile: request.policy.profile,
             learns: placing(&request).unwanted().is_none(),
+            deferral: Deferral::of(&request),
         };
         let mut parts = Parts::find_and_tune(&request, &terms, &tuner, veths, not_pollable);
         // Placement looks at what the others hold and then writes what this one takes: one after the other, or two pods
@@ -434,6 +436,8 @@ impl Parts {
             worker_reason: placed.map(|p| p.reason.clone()).unwrap_or_default(),
             busy_poll_us: request.window.micros.map(|m| m.0),
             busy_poll_reason: request.window.reason.clone(),
+            busy_poll_mode: request.policy.busy_poll_mode,
+            prefer_busy_poll: request.policy.prefer_busy_poll,
             sockets: SocketCounters::default(),
             cpuset: request.cpuset.as_ref().map(ToString::to_string),
             degraded: self.lasting(request),
@@ -471,6 +475,14 @@ impl Attachment {
     /// anything of it is new. The cpuset is what other pods take as this one's.
     pub fn set_sockets(&self, window: &Window, cpuset: Option<&CpuSet>, counters: SocketCounters) {
         self.record.set_sockets(window, cpuset, counters);
+        if let (Some(before), Some(key)) = (&self.before, self.key)
+            && before
+                .tuner
+                .deferral
+                .set_sockets_poll(window.micros.is_some())
+        {
+            self.engine.refresh_soon(key);
+        }
     }
 
     /// Whether the namespace is gone from where it was found ([`Terms::path`]).
@@ -499,6 +511,8 @@ impl Attachment {
     /// # Errors
     /// The first of what could not be undone; the rest is undone all the same.
     pub fn detach_and_restore(mut self) -> Result<()> {
+        self.stop();
+        self.end_deferral();
         let before = self.before.take();
         let mut outcome = self.end();
         if let Some(Before { tuner, veths }) = before {
@@ -513,8 +527,20 @@ impl Attachment {
         outcome
     }
 
+    /// Called when the engine does not look at the veths any more.
+    fn end_deferral(&self) {
+        if let Some(Before { tuner, veths }) = &self.before
+            && tuner.deferral.is_wanted()
+        {
+            for (veth, _) in veths {
+                tuner.end_deferral(veth);
+            }
+        }
+    }
+
     fn end(&mut self) -> Result<()> {
         self.stop();
+        self.end_deferral();
         self.ended = true;
         state::remove_own(&self.state_dir, &self.namespace, &self.id)
     }

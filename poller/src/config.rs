@@ -25,7 +25,7 @@ const DEFAULT_HOT: u64 = 100_000;
 /// Value of `cpus` for the CPUs that the kernel isolates.
 const ISOLATED: &str = "isolated";
 
-const KEYS: &str = "worker, busy-poll, profile, required, cpu-latency, cpus, uplinks, state-dir, runtime, disable, hot, kubelet-state, node-busy-poll";
+const KEYS: &str = "worker, busy-poll, profile, required, cpu-latency, prefer-busy-poll, busy-poll-mode, cpus, uplinks, state-dir, runtime, disable, hot, kubelet-state, node-busy-poll";
 
 /// A kernel feature that the operator can switch off, for a kernel on which it misbehaves.
 /// kbp then acts as if the kernel had refused it.
@@ -44,17 +44,20 @@ pub enum Feature {
     SeccompNotify,
     /// EPIOCSPARAMS: epoll instances do not busy-poll.
     EpollParams,
+    /// Settings of single NAPI instances (`napi-set`): packets never wait for whoever polls.
+    NapiSettings,
 }
 
 impl Feature {
     /// Every feature that can be switched off.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Napi,
         Self::Kthread,
         Self::Sqpoll,
         Self::Socket,
         Self::SeccompNotify,
         Self::EpollParams,
+        Self::NapiSettings,
     ];
 }
 
@@ -67,6 +70,7 @@ impl fmt::Display for Feature {
             Self::Socket => "socket",
             Self::SeccompNotify => "seccomp-notify",
             Self::EpollParams => "epoll-params",
+            Self::NapiSettings => "napi-settings",
         })
     }
 }
@@ -270,7 +274,7 @@ fn pool(text: &str, topology: &Topology, sys: &Path) -> Result<CpuSet, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::{BusyPoll, Policy, Profile, WorkerPolicy};
+    use crate::policy::{BusyPoll, BusyPollMode, Policy, Profile, WorkerPolicy};
 
     /// The sysfs of a machine with CPUs 0-3, 3 offline, 2-3 isolated.
     fn machine() -> tempfile::TempDir {
@@ -294,6 +298,7 @@ mod tests {
     fn a_full_config_is_read() {
         let config = parse(
             "worker = \"shared\"\nbusy-poll = 50\nprofile = \"throughput\"\nrequired = true\n\
+             prefer-busy-poll = true\nbusy-poll-mode = \"suspend\"\n\
              cpus = \"2-3\"\nstate-dir = \"/run/other\"\nruntime = \"crun\"\ndisable = [\"sqpoll\", \"seccomp-notify\"]\n",
         )
         .expect("valid");
@@ -305,6 +310,8 @@ mod tests {
                 profile: Some(Profile::Throughput),
                 required: Some(true),
                 cpu_latency: None,
+                prefer_busy_poll: Some(true),
+                busy_poll_mode: Some(BusyPollMode::Suspend),
             }
         );
         assert_eq!(config.cpus.to_string(), "2-3");

@@ -1,7 +1,7 @@
 //! Decides who polls a pod's veth, where, how hard and when not, and does it.
 //!
 //! [`policy`] says what a pod asked for, [`config`] what the node allows, [`endpoint`] finds the pod's veth from both sides,
-//! [`tune`] sets it up, [`claim`] hands out CPUs, [`place`] decides where a worker goes, [`worker`] polls, [`engine`] keeps every pod of a
+//! [`tune`] sets it up, [`defer`] has packets wait for whoever polls, [`claim`] hands out CPUs, [`place`] decides where a worker goes, [`worker`] polls, [`engine`] keeps every pod of a
 //! process and the leases of its workers at the [`pace`] of the traffic, [`attach`] puts these together, [`api`] and [`client`] reach the node's [`daemon`], and [`state`] tells the world what the [`record`] holds.
 
 pub mod api;
@@ -10,6 +10,7 @@ pub mod claim;
 pub mod client;
 pub mod config;
 pub mod daemon;
+mod defer;
 mod due;
 pub mod endpoint;
 pub mod engine;

@@ -20,7 +20,15 @@ pub const PREFIX: &str = "kbp.io/";
 pub const MAX_WINDOW: Micros = Micros(10_000);
 
 /// The keys of a policy, without [`PREFIX`].
-const KEYS: [&str; 5] = ["worker", "busy-poll", "profile", "required", "cpu-latency"];
+const KEYS: [&str; 7] = [
+    "worker",
+    "busy-poll",
+    "profile",
+    "required",
+    "cpu-latency",
+    "prefer-busy-poll",
+    "busy-poll-mode",
+];
 
 /// Longest exit latency that may be asked for: above that no sleep state of any CPU is ruled out.
 pub const MAX_CPU_LATENCY: Micros = Micros(10_000);
@@ -74,6 +82,30 @@ pub enum BusyPoll {
     Off,
 }
 
+/// `kbp.io/busy-poll-mode`: who takes packets that come while a program with an epoll instance works.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BusyPollMode {
+    /// Softirq, on the CPU of whoever sends; the program polls only while it waits.
+    #[default]
+    Spin,
+    /// Nobody: they wait until the program polls again, or for a timer (IRQ suspension, 6.13+).
+    Suspend,
+}
+
+impl BusyPollMode {
+    pub(crate) const ALL: [Self; 2] = [Self::Spin, Self::Suspend];
+}
+
+impl fmt::Display for BusyPollMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Spin => "spin",
+            Self::Suspend => "suspend",
+        })
+    }
+}
+
 /// `kbp.io/profile`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -110,6 +142,10 @@ pub struct Layer {
     pub required: Option<bool>,
     /// `cpu-latency`; Some(None): said to be off.
     pub cpu_latency: Option<Option<Micros>>,
+    /// `prefer-busy-poll`.
+    pub prefer_busy_poll: Option<bool>,
+    /// `busy-poll-mode`.
+    pub busy_poll_mode: Option<BusyPollMode>,
 }
 
 /// What holds for a pod.
@@ -125,6 +161,10 @@ pub struct Policy {
     pub required: bool,
     /// Longest exit latency of the CPUs' sleep states while the pod runs, at most [`MAX_CPU_LATENCY`]; default: none is asked for.
     pub cpu_latency: Option<Micros>,
+    /// Whether packets wait a moment for whoever polls, instead of being handled on the CPU of their sender; default false.
+    pub prefer_busy_poll: bool,
+    /// See [`BusyPollMode`]; default `spin`.
+    pub busy_poll_mode: BusyPollMode,
 }
 
 impl Default for Policy {
@@ -135,6 +175,8 @@ impl Default for Policy {
             profile: Profile::Latency,
             required: false,
             cpu_latency: None,
+            prefer_busy_poll: false,
+            busy_poll_mode: BusyPollMode::Spin,
         }
     }
 }
@@ -216,11 +258,10 @@ impl Layer {
             "worker" => self.worker = Some(one_of(&value, &WorkerPolicy::ALL).map_err(refuse)?),
             "busy-poll" => self.busy_poll = Some(busy_poll(&value).map_err(refuse)?),
             "profile" => self.profile = Some(one_of(&value, &Profile::ALL).map_err(refuse)?),
-            "required" => {
-                self.required = Some(match value {
-                    Value::Flag(flag) => flag,
-                    _ => one_of(&value, &[true, false]).map_err(refuse)?,
-                });
+            "required" => self.required = Some(flag(&value).map_err(refuse)?),
+            "prefer-busy-poll" => self.prefer_busy_poll = Some(flag(&value).map_err(refuse)?),
+            "busy-poll-mode" => {
+                self.busy_poll_mode = Some(one_of(&value, &BusyPollMode::ALL).map_err(refuse)?);
             }
             "cpu-latency" => self.cpu_latency = Some(cpu_latency(&value).map_err(refuse)?),
             _ => return Ok(false),
@@ -230,6 +271,11 @@ impl Layer {
 }
 
 impl Policy {
+    /// Whether packets are to wait for whoever polls.
+    pub fn defers(&self) -> bool {
+        self.prefer_busy_poll || self.busy_poll_mode == BusyPollMode::Suspend
+    }
+
     /// The first layer that speaks wins; the default where none does.
     pub fn resolve(layers: &[Layer]) -> Self {
         let default = Self::default();
@@ -254,6 +300,14 @@ impl Policy {
                 .iter()
                 .find_map(|l| l.cpu_latency)
                 .unwrap_or(default.cpu_latency),
+            prefer_busy_poll: layers
+                .iter()
+                .find_map(|l| l.prefer_busy_poll)
+                .unwrap_or(default.prefer_busy_poll),
+            busy_poll_mode: layers
+                .iter()
+                .find_map(|l| l.busy_poll_mode)
+                .unwrap_or(default.busy_poll_mode),
         }
     }
 }
@@ -300,6 +354,13 @@ fn one_of<T: fmt::Display + Copy>(value: &Value<'_>, choices: &[T]) -> Result<T,
         ""
     };
     choose(text, choices)
+}
+
+fn flag(value: &Value<'_>) -> Result<bool, String> {
+    match value {
+        Value::Flag(flag) => Ok(*flag),
+        _ => one_of(value, &[true, false]),
+    }
 }
 
 fn whole_number(value: &Value<'_>) -> Option<u32> {
@@ -366,6 +427,8 @@ mod tests {
             ("kbp.io/profile", "throughput"),
             ("kbp.io/required", "true"),
             ("kbp.io/cpu-latency", "0"),
+            ("kbp.io/prefer-busy-poll", "true"),
+            ("kbp.io/busy-poll-mode", "suspend"),
             ("io.kubernetes.cri.sandbox-id", "x"),
         ]))
         .expect("valid");
@@ -377,6 +440,8 @@ mod tests {
                 profile: Some(Profile::Throughput),
                 required: Some(true),
                 cpu_latency: Some(Some(Micros(0))),
+                prefer_busy_poll: Some(true),
+                busy_poll_mode: Some(BusyPollMode::Suspend),
             }
         );
     }
@@ -406,6 +471,9 @@ mod tests {
             ("kbp.io/busy-poll", "", "auto, off (or 0)"),
             ("kbp.io/profile", "fastest", "latency, throughput"),
             ("kbp.io/required", "yes", "true, false"),
+            ("kbp.io/prefer-busy-poll", "1", "true, false"),
+            ("kbp.io/busy-poll-mode", "sleep", "spin, suspend"),
+            ("kbp.io/busy-poll-mode", "Suspend", "spin, suspend"),
         ] {
             let error = Layer::from_annotations(&annotations(&[(key, value)]))
                 .expect_err(key)
@@ -423,7 +491,7 @@ mod tests {
             .to_string();
         assert!(error.contains("kbp.io/wroker"), "{error}");
         assert!(
-            error.contains("kbp.io/worker, kbp.io/busy-poll, kbp.io/profile, kbp.io/required, kbp.io/cpu-latency"),
+            error.contains("kbp.io/worker, kbp.io/busy-poll, kbp.io/profile, kbp.io/required, kbp.io/cpu-latency, kbp.io/prefer-busy-poll, kbp.io/busy-poll-mode"),
             "{error}"
         );
     }
@@ -460,6 +528,11 @@ mod tests {
             ("[kbp]\nspeed = 1", "kbp.speed is not a kbp setting"),
             ("[kbp]\nbusy-poll = 1.5", "kbp.busy-poll = \"1.5\""),
             ("[kbp]\nrequired = 1", "allowed: true, false"),
+            ("[kbp]\nprefer-busy-poll = 1", "allowed: true, false"),
+            (
+                "[kbp]\nbusy-poll-mode = true",
+                "kbp.busy-poll-mode = \"true\"",
+            ),
             ("kbp = 1", "a table with worker"),
             ("[kbp\n", "line 1"),
         ] {

@@ -509,6 +509,8 @@ fn attach_at(client: &mut Client, request: &AttachRequest) -> Result<Attached, C
         degraded: api::degraded(&request.degraded),
         bound: true,
         cpu_latency_us: request.policy.cpu_latency.map(|m| m.0),
+        prefer_busy_poll: request.policy.prefer_busy_poll,
+        busy_poll_mode: request.policy.busy_poll_mode.to_string(),
     })
 }
 

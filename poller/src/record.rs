@@ -99,6 +99,12 @@ impl Findings {
                 reason,
             });
         }
+        if let Some(reason) = tuned.not_deferred {
+            self.degraded.push(Degraded {
+                part: Part::PreferBusyPoll,
+                reason,
+            });
+        }
         self.ids_unknown = self.ids_unknown.take().or(tuned.ids_unknown);
     }
 }

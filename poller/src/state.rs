@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
-use crate::policy::{Profile, WorkerPolicy};
+use crate::policy::{BusyPollMode, Profile, WorkerPolicy};
 use crate::{Error, Result};
 
 /// How long to wait for another process that places its worker. It takes a few milliseconds.
@@ -37,16 +37,19 @@ pub enum Part {
     EpollBusyPoll,
     /// CPUs are kept from deep sleep, as asked.
     CpuLatency,
+    /// Packets wait for whoever polls, as asked by `prefer-busy-poll` or `busy-poll-mode`.
+    PreferBusyPoll,
 }
 
 impl Part {
     /// Every part.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::PollableVeth,
         Self::Worker,
         Self::SocketBusyPoll,
         Self::EpollBusyPoll,
         Self::CpuLatency,
+        Self::PreferBusyPoll,
     ];
 }
 
@@ -58,6 +61,7 @@ impl std::fmt::Display for Part {
             Self::SocketBusyPoll => "socket-busy-poll",
             Self::EpollBusyPoll => "epoll-busy-poll",
             Self::CpuLatency => "cpu-latency",
+            Self::PreferBusyPoll => "prefer-busy-poll",
         })
     }
 }
@@ -144,6 +148,12 @@ pub struct PodState {
     pub busy_poll_us: Option<u32>,
     /// Why that window.
     pub busy_poll_reason: String,
+    /// `busy-poll-mode` as asked.
+    #[serde(default)]
+    pub busy_poll_mode: BusyPollMode,
+    /// `prefer-busy-poll` as asked.
+    #[serde(default)]
+    pub prefer_busy_poll: bool,
     /// What was done to the sockets; counted up about once a second.
     #[serde(default)]
     pub sockets: SocketCounters,
@@ -483,6 +493,8 @@ mod tests {
             worker_reason: "none".to_owned(),
             busy_poll_us: Some(20),
             busy_poll_reason: "auto".to_owned(),
+            busy_poll_mode: Default::default(),
+            prefer_busy_poll: false,
             sockets: SocketCounters::default(),
             cpuset: None,
             degraded: vec![Degraded {

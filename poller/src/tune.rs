@@ -7,6 +7,7 @@ use kbp_kernel::netns::Netns;
 use kbp_kernel::{Error, IfIndex, NapiId, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::defer::Deferral;
 use crate::endpoint::Endpoint;
 use crate::policy::Profile;
 use crate::worker::learn;
@@ -26,6 +27,8 @@ pub(crate) struct Tuned {
     pub(crate) problem: Option<String>,
     /// Why the ids are not known although the NAPIs may be there: the kernel has no way to tell.
     pub(crate) ids_unknown: Option<String>,
+    /// Why packets do not wait for whoever polls, although they should.
+    pub(crate) not_deferred: Option<String>,
 }
 
 /// Offloads of both ends.
@@ -53,6 +56,8 @@ pub(crate) struct Tuner {
     pub(crate) profile: Profile,
     /// Whether the id of the host end's NAPI is learnt from a packet where the kernel does not tell it: a worker wants it.
     pub(crate) learns: bool,
+    /// Whether packets to the pod wait for whoever polls.
+    pub(crate) deferral: Deferral,
 }
 
 impl Tuner {
@@ -63,6 +68,7 @@ impl Tuner {
             pod: self.pod.try_clone()?,
             profile: self.profile,
             learns: self.learns,
+            deferral: self.deferral.clone(),
         })
     }
 
@@ -108,10 +114,20 @@ impl Tuner {
                 .map_err(|e| format!("{}: {e}", endpoint.pod_name))?;
         }
         let mut found = Vec::new();
-        for (netns, name, index) in ends {
-            let napis = match NetdevSocket::open_in(netns).and_then(|mut s| s.napis(index)) {
-                Ok(napis) => napis,
+        for (end, (netns, name, index)) in ends.into_iter().enumerate() {
+            let napis = match NetdevSocket::open_in(netns).and_then(|mut socket| {
+                let napis = socket.napis(index)?;
+                Ok((socket, napis))
+            }) {
+                Ok((mut socket, napis)) => {
+                    if end == 1 {
+                        let applied = self.deferral.apply(&mut socket, &napis);
+                        tuned.not_deferred = applied.err();
+                    }
+                    napis
+                }
                 Err(e @ Error::Unsupported { .. }) => {
+                    tuned.not_deferred = self.deferral.without_ids(&e);
                     self.without_ids(endpoint, &e, tuned);
                     return Ok(());
                 }
@@ -130,6 +146,27 @@ impl Tuner {
             tuned.pod_napis = std::mem::take(pod);
         }
         Ok(())
+    }
+
+    /// Lets packets wait for nobody any more; fine when the veth is gone.
+    pub(crate) fn end_deferral(&self, endpoint: &Endpoint) {
+        self.deferral.set_sockets_poll(false);
+        let ended = NetdevSocket::open_in(&self.pod)
+            .and_then(|mut socket| {
+                let napis = socket.napis(endpoint.pod_index)?;
+                Ok((socket, napis))
+            })
+            .map_err(|e| match e {
+                Error::NotFound { .. } => None,
+                error => Some(error.to_string()),
+            })
+            .and_then(|(mut socket, napis)| self.deferral.apply(&mut socket, &napis).map_err(Some));
+        if let Err(Some(reason)) = ended {
+            tracing::warn!(
+                "{}: packets still wait to be polled: {reason}",
+                endpoint.pod_name
+            );
+        }
     }
 
     /// For kernels that do not tell the ids.

@@ -301,6 +301,8 @@ mod tests {
             worker_reason: String::new(),
             busy_poll_us: None,
             busy_poll_reason: String::new(),
+            busy_poll_mode: Default::default(),
+            prefer_busy_poll: false,
             sockets: SocketCounters::default(),
             cpuset: cpuset.map(str::to_owned),
             degraded: Vec::new(),

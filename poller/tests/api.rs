@@ -112,12 +112,15 @@ fn the_messages_are_those_of_the_proto_file() {
         degraded: degraded(),
         bound: true,
         cpu_latency_us: Some(9),
+        prefer_busy_poll: true,
+        busy_poll_mode: "suspend".to_owned(),
     };
     assert_eq!(
         read_by_protoc("AttachRequest", &attach),
         format!(
             "id: \"i\" namespace: \"n\" netns: \"/run/netns/x\" worker: \"shared\" profile: \"latency\" required: true \
-             cpuset: \"0-1\" sockets {{ {SOCKETS} }} {DEGRADED} bound: true cpu_latency_us: 9"
+             cpuset: \"0-1\" sockets {{ {SOCKETS} }} {DEGRADED} bound: true cpu_latency_us: 9 \
+             prefer_busy_poll: true busy_poll_mode: \"suspend\""
         )
     );
     let attached = AttachResponse {

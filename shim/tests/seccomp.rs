@@ -184,6 +184,7 @@ impl Container {
                 window: Some(WINDOW),
                 epoll: true,
                 bounded: false,
+                prefer: Default::default(),
             },
         );
         let mut spec = Spec::read(&bundle).expect("read config.json");

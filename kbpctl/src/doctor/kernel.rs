@@ -112,7 +112,29 @@ pub(super) fn checks(privileged: bool, config: Option<&Config>) -> Vec<Check> {
     checks.push(io_uring(Path::new("/proc/sys/kernel/io_uring_disabled")));
     checks.push(busy_read(&net.join("busy_read")));
     checks.push(busy_poll(&net.join("busy_poll")));
+    checks.push(napi_settings(privileged, config));
     checks
+}
+
+/// Not a defect when it is missing: a pod has to ask for what it is good for.
+fn napi_settings(privileged: bool, config: Option<&Config>) -> Check {
+    const NAME: &str = "napi-settings";
+    const WITHOUT: &str = "pods that ask for kbp.io/busy-poll-mode: suspend or kbp.io/prefer-busy-poll spin as by default, or are refused where they require it";
+    if let Some(off) = config.and_then(|c| c.switched_off(Feature::NapiSettings)) {
+        return Check::ok(NAME, off).meaning(WITHOUT);
+    }
+    if !privileged {
+        return Check::ok(NAME, "not tried: it takes root").meaning(
+            "run kbpctl doctor as root to see whether kbp.io/busy-poll-mode: suspend is to be had",
+        );
+    }
+    match probe::napi_settings() {
+        Ok(()) => Check::ok(
+            NAME,
+            "packets can wait for whoever polls (netdev napi-set), for pods that ask for it",
+        ),
+        Err(error) => Check::ok(NAME, error.to_string()).meaning(WITHOUT),
+    }
 }
 
 /// Asks the kernel for the instance; one that lists none is asked by a packet.

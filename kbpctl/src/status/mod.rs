@@ -128,6 +128,7 @@ fn render(status: &Status, counters: &[Counters], dir: &Path, verbose: bool) -> 
         if verbose {
             lines.push(format!("worker: {}", pod.worker_reason));
             lines.push(format!("window: {}", pod.busy_poll_reason));
+            lines.push(format!("busy-poll-mode: {}", mode(pod)));
             let done = &pod.sockets;
             lines.push(format!(
                 "sockets: {} given a window, {} epoll instances, {} more left to sleep (more processes than CPUs), {} trapped calls, {} of them failed",
@@ -234,6 +235,14 @@ fn window(pod: &PodState) -> String {
         .map_or_else(|| "off".to_owned(), |us| format!("{us} µs"))
 }
 
+/// What becomes of packets that come while nobody polls.
+fn mode(pod: &PodState) -> String {
+    match pod.prefer_busy_poll {
+        true => format!("{}, prefer-busy-poll", pod.busy_poll_mode),
+        false => pod.busy_poll_mode.to_string(),
+    }
+}
+
 /// The parts that are not active.
 fn parts(pod: &PodState) -> String {
     let parts: Vec<String> = pod.degraded.iter().map(|d| d.part.to_string()).collect();
@@ -298,6 +307,8 @@ pub(super) mod tests {
             worker_reason: "auto: no pool".to_owned(),
             busy_poll_us: Some(20),
             busy_poll_reason: "auto: shared CPUs".to_owned(),
+            busy_poll_mode: Default::default(),
+            prefer_busy_poll: false,
             sockets: SocketCounters {
                 sockets_set: 3,
                 ..SocketCounters::default()
@@ -370,6 +381,7 @@ pub(super) mod tests {
         for part in [
             "worker: auto: no pool",
             "window: auto: shared CPUs",
+            "busy-poll-mode: spin",
             "owner: process 7",
             "sockets: 3 given a window",
             "packets: unknown from the pod",

@@ -90,6 +90,21 @@ pub fn netdev_family() -> Result<()> {
         .map(|_| ())
 }
 
+/// Interrupts of a single NAPI instance can be deferred and suspended: tried on a throw-away veth.
+///
+/// # Errors
+/// [`Error::Unsupported`] when the kernel does not have it (before 6.13).
+pub fn napi_settings() -> Result<()> {
+    let mut veth = PolledVeth::new()?;
+    let settings = NapiSettings {
+        threaded: None,
+        gro_flush_timeout: Some(20_000),
+        defer_hard_irqs: Some(1),
+        irq_suspend_timeout: Some(200_000),
+    };
+    veth.socket.set(veth.napi.id, settings)
+}
+
 /// `napi-set threaded=busy-poll` works on a throw-away veth.
 ///
 /// # Errors

@@ -78,6 +78,12 @@ pub struct AttachRequest {
     /// `kbp.io/cpu-latency`: longest exit latency of a CPU's sleep states while the pod is attached, in microseconds.
     #[prost(uint32, optional, tag = "11")]
     pub cpu_latency_us: Option<u32>,
+    /// `kbp.io/prefer-busy-poll`.
+    #[prost(bool, tag = "12")]
+    pub prefer_busy_poll: bool,
+    /// `kbp.io/busy-poll-mode`; empty: what the poller's config file says.
+    #[prost(string, tag = "13")]
+    pub busy_poll_mode: String,
 }
 
 /// What became of an attach.

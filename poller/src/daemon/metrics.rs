@@ -13,11 +13,42 @@ use prometheus_client::registry::{Registry, Unit};
 
 use super::service::Counts;
 use crate::engine::Snapshot;
-use crate::state::PodState;
+use crate::state::{PodState, SocketCounters};
 use crate::uplink::Uplink;
 
 type Labels = Vec<(&'static str, String)>;
 type Seconds = Counter<f64, AtomicU64>;
+
+/// A count of what a shim did to the sockets of its pod: name, meaning, and where it is told.
+type OfSockets = (&'static str, &'static str, fn(&SocketCounters) -> u64);
+
+const SOCKETS: [OfSockets; 5] = [
+    (
+        "pod_trapped_calls",
+        "System calls of a pod that its shim answered",
+        |s| s.calls_handled,
+    ),
+    (
+        "pod_trapped_call_errors",
+        "Answered calls that ran on without what they should have been given",
+        |s| s.errors,
+    ),
+    (
+        "pod_sockets_set",
+        "Sockets of a pod that were given a busy-poll window",
+        |s| s.sockets_set,
+    ),
+    (
+        "pod_epolls_given",
+        "Epoll instances of a pod that were given a busy-poll window",
+        |s| s.epolls_given,
+    ),
+    (
+        "pod_epolls_crowded",
+        "Epoll instances of a pod that were left to sleep, since more processes than CPUs would poll",
+        |s| s.epolls_crowded,
+    ),
+];
 
 /// What there is to tell.
 pub(super) struct Source<'a> {
@@ -62,10 +93,14 @@ fn of_pods(registry: &mut Registry, snapshot: &Snapshot) {
     let placed = Family::<Labels, Gauge>::default();
     let interfaces = Family::<Labels, Gauge>::default();
     let degraded = Family::<Labels, Gauge>::default();
+    let sockets = SOCKETS.map(|_| Family::<Labels, Counter>::default());
     for pod in &snapshot.pods {
         let state = &pod.state;
         let named = |more: &[(&'static str, String)]| named(state, more);
         packets.get_or_create(&named(&[])).inc_by(pod.packets);
+        for (family, (_, _, of)) in sockets.iter().zip(SOCKETS) {
+            family.get_or_create(&named(&[])).inc_by(of(&state.sockets));
+        }
         let count = i64::try_from(state.interfaces.len()).unwrap_or(i64::MAX);
         interfaces.get_or_create(&named(&[])).set(count);
         if let Some(worker) = &state.worker {
@@ -91,6 +126,9 @@ fn of_pods(registry: &mut Registry, snapshot: &Snapshot) {
         "1 for each pod with a worker, by where that is",
         placed,
     );
+    for (family, (name, help, _)) in sockets.into_iter().zip(SOCKETS) {
+        registry.register(name, help, family);
+    }
     registry.register(
         "pod_degraded_parts",
         "Parts of kbp that are not active for a pod",

@@ -24,7 +24,7 @@ use crate::api::{
 use crate::attach::{self, Attachment, Outcome, Terms};
 use crate::config::Config;
 use crate::engine::Engine;
-use crate::policy::{Layer, MAX_CPU_LATENCY, Policy, Profile, WorkerPolicy, choose};
+use crate::policy::{BusyPollMode, Layer, MAX_CPU_LATENCY, Policy, Profile, WorkerPolicy, choose};
 use crate::state::SocketCounters;
 use crate::uplink::Uplink;
 use crate::window::Window;
@@ -415,9 +415,16 @@ impl Service {
                 "cpu_latency_us is at most {MAX_CPU_LATENCY}"
             )));
         }
+        let mode = one_of(
+            "busy_poll_mode",
+            &request.busy_poll_mode,
+            &BusyPollMode::ALL,
+        )?;
         let asked = Layer {
             worker,
             profile,
+            prefer_busy_poll: Some(request.prefer_busy_poll),
+            busy_poll_mode: mode,
             required: Some(request.required),
             cpu_latency: Some(latency),
             ..Layer::default()

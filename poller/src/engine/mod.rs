@@ -202,6 +202,12 @@ impl Engine {
         self.changed_handle().write(1).ok();
     }
 
+    /// Has a pod's links looked at again.
+    pub(crate) fn refresh_soon(&self, key: PodKey) {
+        self.lock().refresh_soon(key);
+        self.wake();
+    }
+
     /// What is true now.
     pub fn snapshot(&self) -> Snapshot {
         self.lock().snapshot()

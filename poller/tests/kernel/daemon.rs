@@ -954,6 +954,32 @@ fn metrics_are_scraped() {
     assert!(value("kbp_worker_pods") == 1.0);
     assert!(value("kbp_poller_attachments") == 1.0);
     assert!(value("kbp_poller_attaches_total") == 1.0);
+    // What a shim tells of its pod's sockets, each by its own name.
+    let sockets = api::Sockets {
+        calls_handled: 11,
+        errors: 12,
+        sockets_set: 13,
+        epolls_given: 14,
+        epolls_crowded: 15,
+        ..api::Sockets::default()
+    };
+    let update = api::UpdateRequest {
+        id: "a".to_owned(),
+        namespace: "test".to_owned(),
+        sockets: Some(sockets),
+        ..api::UpdateRequest::default()
+    };
+    client.update(&update).expect("update");
+    let counted = daemon.metrics();
+    for line in [
+        "kbp_pod_trapped_calls_total{namespace=\"test\",pod=\"a\"} 11",
+        "kbp_pod_trapped_call_errors_total{namespace=\"test\",pod=\"a\"} 12",
+        "kbp_pod_sockets_set_total{namespace=\"test\",pod=\"a\"} 13",
+        "kbp_pod_epolls_given_total{namespace=\"test\",pod=\"a\"} 14",
+        "kbp_pod_epolls_crowded_total{namespace=\"test\",pod=\"a\"} 15",
+    ] {
+        assert!(counted.contains(line), "no {line} in\n{counted}");
+    }
     assert!(text.contains("kbp_pod_worker{namespace=\"test\",pod=\"a\",policy=\"shared\""));
     assert!(text.ends_with("# EOF\n"));
     ip(&node.host, "link set vhost0 down");

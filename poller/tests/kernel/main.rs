@@ -4,6 +4,7 @@ mod attach;
 mod changes;
 mod claims;
 mod daemon;
+mod defer;
 mod events;
 mod find;
 mod idle;

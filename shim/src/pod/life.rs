@@ -246,12 +246,7 @@ impl Pod {
             runtime,
             notifier: notifier.clone(),
         };
-        let treated = treat::install(
-            spec,
-            founded.asked.policy.busy_poll,
-            &container.window,
-            &means,
-        );
+        let treated = treat::install(spec, &founded.asked, &container.window, &means);
         container.degraded = treated.degraded;
         if let Err(error) = node_wide {
             container.degraded.push(Degraded {

@@ -110,6 +110,8 @@ impl Bare {
                 worker_reason: reason.to_owned(),
                 busy_poll_us: sockets.window.micros.map(|m| m.0),
                 busy_poll_reason: sockets.window.reason.clone(),
+                busy_poll_mode: asked.policy.busy_poll_mode,
+                prefer_busy_poll: asked.policy.prefer_busy_poll,
                 sockets: SocketCounters::default(),
                 cpuset: sockets.cpuset.as_ref().map(ToString::to_string),
                 degraded,

@@ -11,7 +11,7 @@ use kbp_poller::window::{self, CpuSituation, Window};
 use super::Context;
 use super::asked::Asked;
 use super::oci_runtime::OciRuntime;
-use crate::sockets::{Notifier, Treatment};
+use crate::sockets::{Notifier, Prefer, Treatment};
 use crate::spec::seccomp::{self, EPOLL_CALLS, Listener, Merged, SOCKET_CALLS};
 use crate::spec::{CpuLimits, Network, Spec};
 
@@ -127,7 +127,7 @@ impl Treated {
 /// Installs the listener in the container's specification, which is edited but not written, where there is a window to give.
 pub(super) fn install(
     spec: &mut Spec,
-    asked: BusyPoll,
+    asked: &Asked,
     window: &Window,
     means: &Means<'_>,
 ) -> Treated {
@@ -174,11 +174,22 @@ pub(super) fn install(
     let treatment = Treatment {
         window: window.micros,
         epoll: means.support.epoll.is_ok(),
-        bounded: asked == BusyPoll::Auto,
+        bounded: asked.policy.busy_poll == BusyPoll::Auto,
+        prefer: prefer(asked),
     };
     Treated {
         treatment: (!merged.trapped.is_empty()).then_some(treatment),
         degraded: missing,
+    }
+}
+
+/// Where the settings of NAPIs are not to be touched, nothing prefers to poll either.
+fn prefer(asked: &Asked) -> Prefer {
+    let policy = &asked.policy;
+    let may = asked.config.switched_off(Feature::NapiSettings).is_none();
+    Prefer {
+        sockets: may && policy.prefer_busy_poll,
+        epolls: may && policy.defers(),
     }
 }
 

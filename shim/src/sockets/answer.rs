@@ -82,8 +82,12 @@ fn treat(
         (Syscall::Bind | Syscall::Connect | Syscall::Listen, argument) => {
             let set = set_window(node, listener, call, argument, window)
                 .map_err(|e| (Part::SocketBusyPoll, e))?;
-            if set {
+            if let Some(socket) = set {
                 shared.counters.sockets_set.fetch_add(1, Ordering::Relaxed);
+                if treatment.prefer.sockets {
+                    sockopt::set_prefer_busy_poll(socket.as_fd(), true)
+                        .map_err(|e| (Part::PreferBusyPoll, e))?;
+                }
             }
             Ok(false)
         }
@@ -105,7 +109,12 @@ fn treat(
                     .fetch_add(1, Ordering::Relaxed);
                 return Ok(false);
             }
-            give_epoll(listener, call, close_on_exec, window)
+            let params = EpollParams {
+                busy_poll: window,
+                budget: EPOLL_BUDGET,
+                prefer: treatment.prefer.epolls,
+            };
+            give_epoll(listener, call, close_on_exec, params)
                 .map_err(|e| (Part::EpollBusyPoll, e))?;
             shared.counters.epolls_given.fetch_add(1, Ordering::Relaxed);
             Ok(true)
@@ -114,27 +123,27 @@ fn treat(
     }
 }
 
-/// Gives the caller's socket the window; whether it had to be set.
+/// Gives the caller's socket the window; the socket when it had to be set.
 fn set_window(
     node: Node,
     listener: &Listener,
     call: &Notification,
     argument: FirstArgument,
     window: Micros,
-) -> Result<bool, Error> {
+) -> Result<Option<OwnedFd>, Error> {
     let Some(socket) = socket_of(listener, call, argument)? else {
-        return Ok(false);
+        return Ok(None);
     };
     if sockopt::kind(socket.as_fd()) != SocketKind::Inet {
-        return Ok(false);
+        return Ok(None);
     }
     let current = sockopt::busy_poll(socket.as_fd())?;
     // A window that is neither the node's default nor ours is the program's own choice.
     if current == window || (current != Micros(0) && current != node.default_window) {
-        return Ok(false);
+        return Ok(None);
     }
     sockopt::set_busy_poll(socket.as_fd(), window)?;
-    Ok(true)
+    Ok(Some(socket))
 }
 
 /// A copy of the socket that the caller names; None when there is none, or the caller is gone.
@@ -178,20 +187,19 @@ fn give_epoll(
     listener: &Listener,
     call: &Notification,
     close_on_exec: bool,
-    window: Micros,
+    params: EpollParams,
 ) -> Result<(), Error> {
     let epoll = sockopt::epoll_create()?;
-    let params = EpollParams {
-        busy_poll: window,
-        budget: EPOLL_BUDGET,
-        prefer: false,
-    };
     sockopt::set_epoll_params(epoll.as_fd(), params)?;
     listener.answer_with_fd(call.id, epoll.as_fd(), close_on_exec)
 }
 
 fn tell_once(container: &Container, shared: &Shared, part: Part, error: &Error) {
-    let slot = usize::from(part == Part::EpollBusyPoll);
+    let slot = match part {
+        Part::EpollBusyPoll => 1,
+        Part::PreferBusyPoll => 2,
+        _ => 0,
+    };
     if !container.told_degraded[slot].swap(true, Ordering::Relaxed) {
         shared.tell(Event::Degraded(Degraded {
             part,

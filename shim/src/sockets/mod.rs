@@ -77,6 +77,17 @@ pub struct Treatment {
     pub epoll: bool,
     /// Whether only as many processes as have CPUs are given them ([`crowd`]): so where nobody asked for this window.
     pub bounded: bool,
+    /// Which of them packets are to wait for.
+    pub prefer: Prefer,
+}
+
+/// What packets are to wait for, instead of being handled on the CPU of their sender.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Prefer {
+    /// Sockets, while a blocking call polls.
+    pub sockets: bool,
+    /// Epoll instances.
+    pub epolls: bool,
 }
 
 /// Something that whoever owns the notifier may want to log or show.
@@ -128,7 +139,9 @@ struct Container {
     window: AtomicU32,
     epoll: AtomicBool,
     bounded: AtomicBool,
-    told_degraded: [AtomicBool; 2],
+    prefer_sockets: AtomicBool,
+    prefer_epolls: AtomicBool,
+    told_degraded: [AtomicBool; 3],
 }
 
 #[derive(Debug, Default)]
@@ -307,7 +320,9 @@ impl Container {
             window: AtomicU32::new(0),
             epoll: AtomicBool::new(false),
             bounded: AtomicBool::new(true),
-            told_degraded: [const { AtomicBool::new(false) }; 2],
+            prefer_sockets: AtomicBool::new(false),
+            prefer_epolls: AtomicBool::new(false),
+            told_degraded: [const { AtomicBool::new(false) }; 3],
         }
     }
 
@@ -316,6 +331,9 @@ impl Container {
             .store(treatment.window.map_or(0, |w| w.0), Ordering::Relaxed);
         self.epoll.store(treatment.epoll, Ordering::Relaxed);
         self.bounded.store(treatment.bounded, Ordering::Relaxed);
+        let Prefer { sockets, epolls } = treatment.prefer;
+        self.prefer_sockets.store(sockets, Ordering::Relaxed);
+        self.prefer_epolls.store(epolls, Ordering::Relaxed);
     }
 
     fn treatment(&self) -> Treatment {
@@ -324,6 +342,10 @@ impl Container {
             window: (window > 0).then_some(Micros(window)),
             epoll: self.epoll.load(Ordering::Relaxed),
             bounded: self.bounded.load(Ordering::Relaxed),
+            prefer: Prefer {
+                sockets: self.prefer_sockets.load(Ordering::Relaxed),
+                epolls: self.prefer_epolls.load(Ordering::Relaxed),
+            },
         }
     }
 }

@@ -22,6 +22,10 @@ const ON: Treatment = Treatment {
     window: Some(WINDOW),
     epoll: true,
     bounded: true,
+    prefer: Prefer {
+        sockets: false,
+        epolls: false,
+    },
 };
 const LIMIT: Duration = Duration::from_secs(10);
 const TRAPS: [i64; 5] = [
@@ -236,6 +240,7 @@ fn a_container_without_a_window_is_left_alone_until_it_gets_one() {
         window: None,
         epoll: true,
         bounded: true,
+        prefer: Default::default(),
     });
     pod.trapped(|| {
         let before = UdpSocket::bind("127.0.0.1:0").expect("bind");
@@ -257,6 +262,7 @@ fn a_container_without_a_window_is_left_alone_until_it_gets_one() {
                 window: Some(WINDOW),
                 epoll: false,
                 bounded: true,
+                prefer: Default::default(),
             },
         );
         let after = UdpSocket::bind("127.0.0.1:0").expect("bind");

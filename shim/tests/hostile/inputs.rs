@@ -92,6 +92,7 @@ fn pod() -> &'static Pod {
             window: None,
             epoll: true,
             bounded: true,
+            prefer: Default::default(),
         };
         notifier.admit("app", treatment);
         Pod {

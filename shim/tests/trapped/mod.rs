@@ -19,6 +19,7 @@ pub(crate) fn notifier(dir: &std::path::Path) -> Notifier {
         window: Some(WINDOW),
         epoll: true,
         bounded: true,
+        prefer: Default::default(),
     };
     notifier.admit("app", treatment);
     notifier

@@ -1,7 +1,8 @@
 //! A plain client for the servers of the tests and benches: every answer is compared with what it has to be, every round trip is in
 //! an HDR histogram. Its connections are in one epoll instance, each with one request under way.
 //!
-//! `app-load echo|http|memcache|resp ADDRESS CLIENTS MILLISECONDS`,
+//! `app-load echo|http|memcache|resp ADDRESS CLIENTS MILLISECONDS [RATE]` (with a rate, requests come at that many a second whether or
+//! not earlier ones are answered, and wait for a free connection; their time counts from when they were due),
 //! `app-load connect ADDRESS COUNT` (short connections to an echo server, one after the other) or
 //! `app-load syscalls MILLISECONDS` (a program without sockets). Prints one JSON object.
 
@@ -13,6 +14,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use hdrhistogram::Histogram;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 /// A request without an answer after this long ends the run.
 const LOST_AFTER: Duration = Duration::from_secs(5);
@@ -210,6 +213,79 @@ fn load(protocol: &Protocol, address: &str, clients: usize, length: Duration) ->
     Ok(())
 }
 
+/// [`load`] at a rate.
+fn open_loop(
+    protocol: &Protocol,
+    address: &str,
+    clients: usize,
+    length: Duration,
+    rate: u32,
+) -> Result<()> {
+    ensure!((1..=10_000).contains(&clients), "{clients} clients");
+    ensure!((1..=1_000_000).contains(&rate), "{rate} a second");
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("epoll_create1")?;
+    let mut connections: Vec<Connection> = (0..clients)
+        .map(|_| Connection::open(address, protocol))
+        .collect::<Result<_>>()?;
+    for (n, connection) in connections.iter().enumerate() {
+        epoll.add(
+            connection.stream.as_fd(),
+            EpollEvent::new(EpollFlags::EPOLLIN, n as u64),
+        )?;
+    }
+    let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK)?;
+    let interval = Duration::from_secs(1) / rate;
+    timer.set(
+        Expiration::Interval(TimeSpec::from_duration(interval)),
+        TimerSetTimeFlags::empty(),
+    )?;
+    epoll.add(
+        timer.as_fd(),
+        EpollEvent::new(EpollFlags::EPOLLIN, clients as u64),
+    )?;
+    let mut latency = Histogram::<u64>::new(3).context("histogram")?;
+    let mut events = vec![EpollEvent::empty(); clients + 1];
+    let mut idle: Vec<usize> = (0..clients).collect();
+    let begin = Instant::now();
+    // Requests that were due by now, and those that were sent.
+    let (mut due, mut sent) = (0u32, 0u32);
+    let all = u32::try_from(length.as_nanos() / interval.as_nanos())?;
+    while sent < all || idle.len() < clients {
+        let timeout = EpollTimeout::try_from(LOST_AFTER)?;
+        let count = match epoll.wait(&mut events, timeout) {
+            Ok(0) => bail!("{} requests without an answer", clients - idle.len()),
+            Ok(count) => count,
+            Err(nix::errno::Errno::EINTR) => continue,
+            Err(errno) => return Err(errno).context("epoll_wait"),
+        };
+        for event in &events[..count] {
+            let Some(connection) = connections.get_mut(event.data() as usize) else {
+                // How often it has expired is told by the clock, too.
+                timer.wait()?;
+                continue;
+            };
+            if connection.take(&protocol.answer)? {
+                latency.record(u64::try_from(connection.sent.elapsed().as_nanos())?)?;
+                idle.push(event.data() as usize);
+            }
+        }
+        due = due
+            .max(u32::try_from(
+                begin.elapsed().as_nanos() / interval.as_nanos(),
+            )?)
+            .min(all);
+        while sent < due
+            && let Some(free) = idle.pop()
+        {
+            sent += 1;
+            connections[free].ask(&protocol.request)?;
+            connections[free].sent = begin + interval * sent;
+        }
+    }
+    tell(&latency, begin.elapsed());
+    Ok(())
+}
+
 /// Connections that live for one echo.
 fn connect(address: &str, count: u32) -> Result<()> {
     let mut latency = Histogram::<u64>::new(3).context("histogram")?;
@@ -280,6 +356,15 @@ fn main() -> Result<()> {
             count.parse().with_context(|| format!("count: {count}"))?,
         ),
         ["syscalls", length] => syscalls(milliseconds(length)?),
+        [protocol, address, clients, length, rate] => open_loop(
+            &Protocol::named(protocol)?,
+            address,
+            clients
+                .parse()
+                .with_context(|| format!("clients: {clients}"))?,
+            milliseconds(length)?,
+            rate.parse().with_context(|| format!("rate: {rate}"))?,
+        ),
         [protocol, address, clients, length] => load(
             &Protocol::named(protocol)?,
             address,
@@ -289,7 +374,7 @@ fn main() -> Result<()> {
             milliseconds(length)?,
         ),
         _ => bail!(
-            "usage: app-load echo|http|memcache|resp ADDRESS CLIENTS MILLISECONDS | connect ADDRESS COUNT | syscalls MILLISECONDS"
+            "usage: app-load echo|http|memcache|resp ADDRESS CLIENTS MILLISECONDS [RATE] | connect ADDRESS COUNT | syscalls MILLISECONDS"
         ),
     }
 }

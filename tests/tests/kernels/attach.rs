@@ -3,7 +3,7 @@
 use kbp_kernel::ethtool::{self, Features};
 use kbp_kernel::napi::{NapiSettings, NetdevSocket, Threaded};
 use kbp_poller::attach::{Attachment, clear_leftovers};
-use kbp_poller::policy::WorkerPolicy;
+use kbp_poller::policy::{BusyPollMode, WorkerPolicy};
 use kbp_poller::state::{self, Degraded, Part};
 
 use crate::changes;
@@ -109,6 +109,41 @@ fn every_kind_works_or_tells_what_it_lacks_in_a_guest() {
         assert!(error.contains(reason), "{error}");
         assert_eq!(node.state_files(), Vec::<String>::new());
     }
+}
+
+/// Packets wait for whoever polls where the kernel has settings of single NAPIs (6.13), and else for the right reason not.
+#[test]
+#[ignore = "run in an emulated machine by linux_*"]
+fn packets_wait_for_who_polls_or_it_is_told_why_not_in_a_guest() {
+    let there = Known::here().sqpoll;
+    let node = Node::new();
+    let asked = || {
+        let mut request = node.request("a", WorkerPolicy::None, "");
+        request.policy.busy_poll_mode = BusyPollMode::Suspend;
+        request.window.micros = Some(kbp_kernel::Micros(20));
+        request
+    };
+    let attachment = node.attached(asked());
+    let mut required = asked();
+    if !there {
+        says(
+            &degraded(&attachment),
+            Part::PreferBusyPoll,
+            &["netdev nap"],
+        );
+        drop(attachment);
+        required.policy.required = true;
+        let error = node.attach(required).expect_err("required").to_string();
+        assert!(error.contains("prefer-busy-poll"), "{error}");
+        return;
+    }
+    assert_eq!(degraded(&attachment), []);
+    let link = node.pod_link("eth0").index;
+    let mut netdev = NetdevSocket::open_in(&node.pod).expect("netdev");
+    let mut suspended = || netdev.napis(link).expect("list")[0].irq_suspend_timeout;
+    assert_eq!(suspended(), Some(200_000));
+    drop(attachment);
+    assert_eq!(suspended(), Some(0));
 }
 
 #[test]

@@ -81,6 +81,8 @@ fn probes_find_what_the_kernel_has_in_a_guest() {
         ("SO_BUSY_POLL", probe::socket_busy_poll(), true),
         ("EPIOCSPARAMS", probe::epoll_busy_poll(), known.epoll),
         ("SQPOLL", probe::sqpoll_napi(), known.sqpoll),
+        // Both came with 6.13.
+        ("NAPI settings", probe::napi_settings(), known.sqpoll),
         (
             "threaded busy poll",
             probe::threaded_busy_poll(),
