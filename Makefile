@@ -20,7 +20,7 @@ MAN_PAGES := kbpctl kbpctl-doctor kbpctl-bench kbpctl-bench-rtt kbpctl-bench-pps
 COMPLETIONS := bash:bash-completion/completions/kbpctl zsh:zsh/site-functions/_kbpctl fish:fish/vendor_completions.d/kbpctl.fish
 completion-file = $(PREFIX)/share/$(word 2,$(subst :, ,$(1)))
 
-.PHONY: help build deps demo bench bench-cni bench-shim bench-apps bench-window bench-poller soak test test-kernels lint install uninstall clean needs-root
+.PHONY: help build deps demo bench bench-cni bench-shim bench-apps bench-window bench-poller bench-mode soak test test-kernels lint install uninstall clean needs-root
 .DEFAULT_GOAL := build
 
 help:
@@ -33,6 +33,7 @@ help:
 	@echo 'make soak       containers without end, a quarter of an hour (root)'
 	@echo 'make bench-apps   real programs under the stock runtime and under kbp, about ten minutes (root)'
 	@echo 'make bench-poller workers and policies against stock and a spinner, under five minutes (root)'
+	@echo 'make bench-mode   busy-poll modes of servers on epoll at several loads, about eight minutes (root)'
 	@echo 'make bench-window busy-poll windows over pauses between requests, about twenty minutes, resumable (root)'
 	@echo 'make test       every test, unit to end to end (root)'
 	@echo 'make test-kernels  kbp on stock kernels from 6.1 to 7, in emulated machines (root)'
@@ -74,6 +75,9 @@ soak: needs-root deps build
 
 bench-apps: needs-root deps build
 	$(RELEASE)/kbp-bench-apps $(BENCH_ARGS)
+
+bench-mode: needs-root deps build
+	$(RELEASE)/kbp-bench-mode $(BENCH_ARGS)
 
 bench-window: needs-root deps build
 	$(RELEASE)/kbp-bench-window $(BENCH_ARGS)

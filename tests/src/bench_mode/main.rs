@@ -4,29 +4,19 @@
 //! Only the server's arm changes: both kbp arms have the same client, which spins. The arms take turns within a round; medians over
 //! the rounds go to a table and to `result.json`.
 
-#[path = "../demo/cpu.rs"]
-mod cpu;
-#[path = "../demo/interrupt.rs"]
-mod interrupt;
-
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Parser;
 use kbp_kernel::cpu::Topology;
 use kbp_tests::apps::{App, AppNode, AppPod, Guest, PORT};
+use kbp_tests::bench::cpu::{self, Placement};
+use kbp_tests::bench::{Interrupt, in_sandbox, write_json};
 use kbp_tests::{Runtime, Sandbox, Settings};
 use serde::Serialize;
 
-use cpu::Placement;
-use interrupt::Interrupt;
-
-/// As a shell has it for SIGINT.
-const INTERRUPTED: u8 = 130;
 /// `/proc/PID/stat` counts in these.
 const TICKS_PER_SECOND: f64 = 100.0;
 /// Connections that share the requests of a rate.
@@ -124,35 +114,15 @@ type Key = (usize, Cpus, Load, usize);
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    let sandbox = match Sandbox::new() {
-        Ok(sandbox) => Arc::new(sandbox),
-        Err(error) => {
-            eprintln!("kbp-bench-mode: {error}");
-            return ExitCode::FAILURE;
-        }
-    };
-    let interrupt = Interrupt::guard(&sandbox);
-    let outcome = match &interrupt {
-        Ok(_) => run(&options, &sandbox),
-        Err(error) => Err(anyhow::anyhow!("{error:#}")),
-    };
-    sandbox.cleanup();
-    if interrupt.is_ok_and(|i| i.came()) {
-        return ExitCode::from(INTERRUPTED);
-    }
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("\nkbp-bench-mode: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    in_sandbox("kbp-bench-mode", |sandbox, interrupt| {
+        run(&options, sandbox, interrupt)
+    })
 }
 
-fn run(options: &Options, sandbox: &Sandbox) -> Result<()> {
-    std::fs::create_dir_all(&options.out)
-        .with_context(|| format!("create {}", options.out.display()))?;
-    let place = cpu::place(&Topology::read()?)?;
+fn run(options: &Options, sandbox: &Sandbox, interrupt: &Interrupt) -> Result<ExitCode> {
+    let topology = Topology::read()?;
+    let place = cpu::place(&topology)?;
+    let other_work = cpu::other_work(topology.online.len())?;
     let apps = options.servers.iter().map(|name| {
         let app = App::ALL.into_iter().find(|app| app.name() == name);
         app.with_context(|| format!("{name} is no server of bench-apps"))
@@ -164,6 +134,9 @@ fn run(options: &Options, sandbox: &Sandbox) -> Result<()> {
         for (number, app) in apps.iter().enumerate() {
             for cpus in &options.cpus {
                 for turn in 0..options.arms.len() {
+                    if interrupt.came() {
+                        bail!("interrupted");
+                    }
                     // Whoever goes first is another one in each round.
                     let arm = (turn + round) % options.arms.len();
                     let samples = measure(options, &node, *app, *cpus, &options.arms[arm], place)
@@ -184,10 +157,14 @@ fn run(options: &Options, sandbox: &Sandbox) -> Result<()> {
             }
         }
         // What is there after each round stays when a later one is broken off.
-        write_json(options, &results)?;
+        write_json(&options.out.join("result.json"), &rows(options, &results))?;
     }
     print(options, &results);
-    Ok(())
+    println!(
+        "Other work took {:.0} % of the CPU time before the start.",
+        100.0 * other_work
+    );
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Measures every load on one server.
@@ -319,8 +296,9 @@ fn print(options: &Options, results: &BTreeMap<Key, Vec<Sample>>) {
     );
 }
 
-fn write_json(options: &Options, results: &BTreeMap<Key, Vec<Sample>>) -> Result<()> {
-    let rows: Vec<serde_json::Value> = results
+/// The figures, for `result.json`.
+fn rows(options: &Options, results: &BTreeMap<Key, Vec<Sample>>) -> Vec<serde_json::Value> {
+    results
         .iter()
         .map(|((app, cpus, load, arm), samples)| {
             serde_json::json!({
@@ -331,10 +309,7 @@ fn write_json(options: &Options, results: &BTreeMap<Key, Vec<Sample>>) -> Result
                 "samples": samples,
             })
         })
-        .collect();
-    let path = options.out.join("result.json");
-    std::fs::write(&path, serde_json::to_string_pretty(&rows)? + "\n")
-        .with_context(|| format!("write {}", path.display()))
+        .collect()
 }
 
 #[cfg(test)]
