@@ -61,12 +61,14 @@ enum Workload {
     ShortConnections,
     /// System calls of a program that makes no socket.
     NoSockets,
+    /// Calls that kbp's shim answers.
+    TrappedCalls,
 }
 
 impl Workload {
     fn all() -> Vec<Self> {
         let apps = App::ALL.into_iter().map(Self::App);
-        apps.chain([Self::ShortConnections, Self::NoSockets])
+        apps.chain([Self::ShortConnections, Self::NoSockets, Self::TrappedCalls])
             .collect()
     }
 
@@ -75,6 +77,7 @@ impl Workload {
             Self::App(app) => app.name(),
             Self::ShortConnections => "short-connections",
             Self::NoSockets => "no-sockets",
+            Self::TrappedCalls => "trapped-calls",
         }
     }
 
@@ -189,7 +192,7 @@ fn measure(
     let server = match workload {
         Workload::App(app) => Some(app.serve(node, runtime, on(place.server))?),
         Workload::ShortConnections => Some(App::StaticC.serve(node, runtime, on(place.server))?),
-        Workload::NoSockets => None,
+        Workload::NoSockets | Workload::TrappedCalls => None,
     };
     let client = node.pod(
         runtime,
@@ -230,6 +233,7 @@ fn one(
             let count = if length > WARM { CONNECTIONS } else { 100 };
             words(format!("/kbp/app-load connect {address}:{PORT} {count}"))
         }
+        Workload::TrappedCalls => words(format!("/kbp/app-load calls {}", length.as_millis())),
         Workload::NoSockets => words(format!("/kbp/app-load syscalls {}", length.as_millis())),
     };
     let before = cpu::busy_seconds()?;

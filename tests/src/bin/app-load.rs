@@ -3,7 +3,8 @@
 //!
 //! `app-load echo|http|memcache|resp ADDRESS CLIENTS MILLISECONDS [RATE]` (with a rate, requests come at that many a second whether or
 //! not earlier ones are answered, and wait for a free connection; their time counts from when they were due),
-//! `app-load connect ADDRESS COUNT` (short connections to an echo server, one after the other) or
+//! `app-load connect ADDRESS COUNT` (short connections to an echo server, one after the other), `app-load calls MILLISECONDS` (a call
+//! that kbp's shim answers, and that does next to nothing itself: `connect` of a UDP socket) or
 //! `app-load syscalls MILLISECONDS` (a program without sockets). Prints one JSON object.
 
 use std::io::{ErrorKind, Read, Write};
@@ -323,6 +324,20 @@ fn syscalls(length: Duration) -> Result<()> {
     Ok(())
 }
 
+/// What a call that kbp's shim answers costs.
+fn calls(length: Duration) -> Result<()> {
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").context("bind")?;
+    let mut latency = Histogram::<u64>::new(3).context("histogram")?;
+    let begin = Instant::now();
+    while begin.elapsed() < length {
+        let from = Instant::now();
+        socket.connect("127.0.0.1:9").context("connect")?;
+        latency.record(u64::try_from(from.elapsed().as_nanos())?)?;
+    }
+    tell(&latency, begin.elapsed());
+    Ok(())
+}
+
 fn tell(latency: &Histogram<u64>, elapsed: Duration) {
     let microseconds = |quantile: f64| latency.value_at_quantile(quantile) as f64 / 1000.0;
     println!(
@@ -355,6 +370,7 @@ fn main() -> Result<()> {
             address,
             count.parse().with_context(|| format!("count: {count}"))?,
         ),
+        ["calls", length] => calls(milliseconds(length)?),
         ["syscalls", length] => syscalls(milliseconds(length)?),
         [protocol, address, clients, length, rate] => open_loop(
             &Protocol::named(protocol)?,
@@ -374,7 +390,7 @@ fn main() -> Result<()> {
             milliseconds(length)?,
         ),
         _ => bail!(
-            "usage: app-load echo|http|memcache|resp ADDRESS CLIENTS MILLISECONDS [RATE] | connect ADDRESS COUNT | syscalls MILLISECONDS"
+            "usage: app-load echo|http|memcache|resp ADDRESS CLIENTS MILLISECONDS [RATE] | connect ADDRESS COUNT | calls MILLISECONDS | syscalls MILLISECONDS"
         ),
     }
 }
