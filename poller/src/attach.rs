@@ -141,6 +141,9 @@ impl Engine {
             Ok(record) => record,
             Err(error) => {
                 parts.leave(&mut kept);
+                if tuner.deferral.is_wanted() {
+                    parts.veths.iter().for_each(|veth| tuner.end_deferral(veth));
+                }
                 return Err(error);
             }
         };

@@ -170,6 +170,16 @@ fn what_is_switched_off_is_told_and_refused_where_it_is_required() {
         "{error}"
     );
 
+    // Of a pod that is refused for something else, nothing stays either.
+    let mut refused = request(&node, BusyPollMode::Suspend, false);
+    refused.policy.required = true;
+    refused.degraded = vec![Degraded {
+        part: Part::EpollBusyPoll,
+        reason: "no listener".to_owned(),
+    }];
+    node.attach(refused).expect_err("required");
+    assert_eq!(of_pod(&node), NONE);
+
     let mut spin = request(&node, BusyPollMode::Spin, false);
     spin.config = node.config(OFF);
     spin.policy.required = true;
