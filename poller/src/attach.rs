@@ -77,6 +77,7 @@ struct Before {
 
 /// What became of an attach.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "taken apart at once, once a pod")]
 pub enum Outcome {
     /// Attached, perhaps with degraded parts: see [`Attachment::state`].
     Attached(Attachment),
