@@ -147,9 +147,14 @@ fn what_a_killed_shim_leaves_is_taken_back_by_the_next_pod() {
         let shim = lab.containerd.shim_pid("server").expect("shim");
         let shim = nix::unistd::Pid::from_raw(shim.cast_signed());
         nix::sys::signal::kill(shim, nix::sys::signal::Signal::SIGKILL).expect("kill the shim");
-        lab.containerd
-            .wait_for_state("server", "STOPPED")
-            .expect("it ends");
+        wait_until("containerd to let go of the container", LIMIT, || match lab
+            .containerd
+            .task("server")
+        {
+            Ok(None) => Ok(()),
+            other => Err(format!("{other:?}")),
+        })
+        .expect("its end");
         lab.containerd.remove("server").expect("remove");
 
         let run = server(lab, &pod).annotation("kbp.io/busy-poll-mode", "spin");
