@@ -3,7 +3,7 @@
 //! A veth has no interrupt, but it has what the kernel masks in place of one: after a poll whose completion is deferred
 //! (napi_complete_done, net/core/dev.c) senders go on putting packets into the ring and schedule nothing (rx_notify_masked,
 //! drivers/net/veth.c). Then the packets wait for the next poll of a socket or an epoll instance, or for the timer. Without these
-//! settings that prefer busy polling nobody is deferred, and they are lost with the NAPI: at each look they are set again.
+//! settings nothing waits, whatever a socket prefers. They are lost with the NAPI, so they are set again at each look.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
