@@ -181,6 +181,21 @@ fn an_offline_cpu_is_named() {
 }
 
 #[test]
+fn a_cpu_outside_the_cpuset_of_the_process_is_named() {
+    let place = Place::new("0-3", "3", None);
+    let usable = "0-1".parse().expect("CPUs");
+    let site = Site {
+        usable: &usable,
+        ..place.site()
+    };
+    let error = claim::dedicated(&site)
+        .expect_err("not to be used")
+        .to_string();
+    let named = "CPU 3 is outside the cpuset of this process (0-1)";
+    assert!(error.contains(named), "{error}");
+}
+
+#[test]
 fn leftover_claim_files_are_swept_and_held_ones_are_not() {
     let place = Place::new("0-3", "1", None);
     let held = claim::dedicated(&place.site()).expect("claim");

@@ -737,6 +737,13 @@ fn refusals_name_what_is_wrong_and_what_to_do() {
     // Without `required` the same is attached, and told.
     let pod = attached(&mut client, &good);
     assert!(pod.worker.is_none() && pod.degraded[0].reason.contains("no CPU pool"));
+    // The same connection may ask again: what it asks for replaces what it had.
+    let again = AttachRequest {
+        profile: "throughput".to_owned(),
+        ..good.clone()
+    };
+    assert_eq!(attached(&mut client, &again).profile, "throughput");
+    assert_eq!(names(&mut client), ["a"]);
     // Somebody else's.
     let mut other = daemon.client();
     let (code, reason) = refused(&mut other, &good);
