@@ -128,9 +128,9 @@ fn each_pair_of_options() {
     });
 }
 
-/// By the node's config, with the shim killed in between: what it leaves is gone with the next pod of the namespace.
+/// The node's config speaks for pods that say nothing; what they say wins.
 #[test]
-fn what_a_killed_shim_leaves_is_taken_back_by_the_next_pod() {
+fn the_nodes_config_decides_where_the_pod_is_silent() {
     let settings = Settings {
         kbp_config: "busy-poll-mode = \"suspend\"\n".to_owned(),
         ..Settings::default()
@@ -138,29 +138,19 @@ fn what_a_killed_shim_leaves_is_taken_back_by_the_next_pod() {
     on_with(Arm::KBP, settings, |lab| {
         let pod = lab.pod("pod");
         let netns = pod.netns.open().expect("namespace");
-        lab.containerd
-            .start_container(server(lab, &pod))
-            .expect("start");
-        let state = lab.state("server").expect("state");
-        assert_eq!(state.busy_poll_mode, BusyPollMode::Suspend);
-        assert_eq!(napi(&netns).2, 200_000);
-        let shim = lab.containerd.shim_pid("server").expect("shim");
-        let shim = nix::unistd::Pid::from_raw(shim.cast_signed());
-        nix::sys::signal::kill(shim, nix::sys::signal::Signal::SIGKILL).expect("kill the shim");
-        wait_until("containerd to let go of the container", LIMIT, || match lab
-            .containerd
-            .task("server")
-        {
-            Ok(None) => Ok(()),
-            other => Err(format!("{other:?}")),
-        })
-        .expect("its end");
-        lab.containerd.remove("server").expect("remove");
-
-        let run = server(lab, &pod).annotation("kbp.io/busy-poll-mode", "spin");
-        lab.containerd.start_container(run).expect("start");
-        assert_eq!(napi(&netns), (0, 0, 0));
-        lab.containerd.remove("server").expect("remove");
+        let silent = server(lab, &pod);
+        let spinning = server(lab, &pod).annotation("kbp.io/busy-poll-mode", "spin");
+        for (run, mode, suspended) in [
+            (silent, BusyPollMode::Suspend, 200_000),
+            (spinning, BusyPollMode::Spin, 0),
+        ] {
+            lab.containerd.start_container(run).expect("start");
+            let state = lab.state("server").expect("state");
+            assert_eq!(state.busy_poll_mode, mode);
+            assert_eq!(napi(&netns).2, suspended, "{mode}");
+            lab.containerd.remove("server").expect("remove");
+            assert_eq!(napi(&netns), (0, 0, 0), "{mode}");
+        }
     });
 }
 
