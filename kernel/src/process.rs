@@ -99,6 +99,14 @@ impl PidFd {
         Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
     }
 
+    /// As [`Self::get_fd`], None when there is no such descriptor, or it cannot be had; allocates nothing.
+    pub fn open_fd(&self, number: i32) -> Option<OwnedFd> {
+        // SAFETY: no pointers; the pidfd is open.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.fd.as_raw_fd(), number, 0u32) };
+        // SAFETY: when it is one, the kernel just made it for this call; descriptors fit an int.
+        (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    }
+
     /// Sends a signal, by number; 0 only checks. False when the process is gone.
     pub fn signal(&self, signal: i32) -> Result<bool> {
         // SAFETY: the pidfd is open, and a null siginfo means the same as kill(2).

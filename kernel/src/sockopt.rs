@@ -162,6 +162,21 @@ fn epoll_error(fd: BorrowedFd<'_>, what: String, source: std::io::Error) -> Erro
 
 /// EPIOCGPARAMS; `Unsupported` before 6.9.
 pub fn epoll_params(fd: BorrowedFd<'_>) -> Result<EpollParams> {
+    read_epoll_params(fd).map_err(|source| {
+        epoll_error(
+            fd,
+            "read the busy-poll settings of an epoll instance".to_owned(),
+            source,
+        )
+    })
+}
+
+/// Whether `fd` is an epoll instance with a window, as far as this kernel tells; allocates nothing.
+pub fn is_polling_epoll(fd: BorrowedFd<'_>) -> bool {
+    read_epoll_params(fd).is_ok_and(|params| params.busy_poll > Micros(0))
+}
+
+fn read_epoll_params(fd: BorrowedFd<'_>) -> std::io::Result<EpollParams> {
     let mut params = libc::epoll_params {
         busy_poll_usecs: 0,
         busy_poll_budget: 0,
@@ -171,12 +186,7 @@ pub fn epoll_params(fd: BorrowedFd<'_>) -> Result<EpollParams> {
     // SAFETY: the ioctl writes a struct epoll_params, which `params` is.
     let answer = unsafe { libc::ioctl(fd.as_raw_fd(), libc::EPIOCGPARAMS, &raw mut params) };
     if answer == -1 {
-        let source = std::io::Error::last_os_error();
-        return Err(epoll_error(
-            fd,
-            "read the busy-poll settings of an epoll instance".to_owned(),
-            source,
-        ));
+        return Err(std::io::Error::last_os_error());
     }
     Ok(EpollParams {
         busy_poll: Micros(params.busy_poll_usecs),
