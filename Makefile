@@ -20,7 +20,7 @@ MAN_PAGES := kbpctl kbpctl-doctor kbpctl-bench kbpctl-bench-rtt kbpctl-bench-pps
 COMPLETIONS := bash:bash-completion/completions/kbpctl zsh:zsh/site-functions/_kbpctl fish:fish/vendor_completions.d/kbpctl.fish
 completion-file = $(PREFIX)/share/$(word 2,$(subst :, ,$(1)))
 
-.PHONY: help build deps demo bench bench-cni bench-shim bench-apps bench-window bench-poller bench-mode soak test test-kernels lint install uninstall clean needs-root
+.PHONY: help build deps demo bench bench-cni bench-shim bench-apps bench-window bench-harm bench-poller bench-mode soak test test-kernels lint install uninstall clean needs-root
 .DEFAULT_GOAL := build
 
 help:
@@ -35,6 +35,7 @@ help:
 	@echo 'make bench-poller workers and policies against stock and a spinner, under five minutes (root)'
 	@echo 'make bench-mode   busy-poll modes of servers on epoll at several loads, about eight minutes (root)'
 	@echo 'make bench-window busy-poll windows over pauses between requests, about twenty minutes, resumable (root)'
+	@echo 'make bench-harm   what kbp may cost others at most: one CPU, quota, neighbours, under four minutes (root)'
 	@echo 'make test       every test, unit to end to end (root)'
 	@echo 'make test-kernels  kbp on stock kernels from 6.1 to 7, in emulated machines (root)'
 	@echo 'make lint       formatting, clippy, crates, shell scripts'
@@ -84,6 +85,9 @@ bench-window: needs-root deps build
 
 bench-poller: needs-root deps build
 	$(RELEASE)/kbp-bench-poller $(BENCH_ARGS)
+
+bench-harm: needs-root deps build
+	$(RELEASE)/kbp-bench-window --harm --out target/bench-harm $(BENCH_ARGS)
 
 # The end-to-end tests run the release binaries, which are what is installed; the tests themselves are built with unwinding and checks.
 # They also use the containerd packages and the kernels of other suites, unpacked beside the machine's own, and clients written in Go;

@@ -100,6 +100,67 @@ fn serves_and_polls(app: App) {
     Leftovers::wait_until_clean(&sandbox, &before).expect("nothing left after the test");
 }
 
+/// Servers whose master or helpers make epoll instances first: on one CPU it is still the process with the connection that polls.
+fn its_busy_process_polls_under_auto(app: App) {
+    let sandbox = Sandbox::new().expect("private node");
+    let node = AppNode::start(&sandbox, Settings::default()).expect("node");
+    let one = kbp_kernel::cpu::usable()
+        .expect("cpus")
+        .iter()
+        .next()
+        .expect("a CPU");
+    let server = app
+        .serve(&node, Runtime::Kbp, |mut guest| {
+            guest.cpus = Some(one.to_string());
+            guest
+        })
+        .unwrap_or_else(|e| panic!("{}: {e}", app.name()));
+    let client = node
+        .pod(Runtime::Kbp, &Guest::idle("client"), |_| Ok(()))
+        .expect("client");
+    // Once more while it does not poll: helpers keep their places for a second.
+    wait_until(
+        &format!("a polling process of {}", app.name()),
+        LIMIT,
+        || {
+            let command = app
+                .load_command(server.address(), 1, LENGTH)
+                .map_err(|e| e.to_string())?;
+            let mut load = client
+                .exec_start("load", &command)
+                .map_err(|e| e.to_string())?;
+            let looked = wait_until("an epoll instance with a connection", LENGTH, || {
+                let all: Vec<Sockets> = server
+                    .processes()
+                    .into_iter()
+                    .filter_map(|pid| Sockets::of(pid).ok())
+                    .collect();
+                let polls = |s: &&Sockets| !s.inet.is_empty() && s.epoll.iter().any(|w| *w > 0);
+                match all.iter().filter(polls).count() {
+                    1 => Ok(()),
+                    _ => Err(format!("{all:?}")),
+                }
+            });
+            let output = load.wait(LIMIT).ok_or("the load does not end")?;
+            output.success().map_err(|e| e.to_string())?;
+            looked.map_err(|e| e.to_string())
+        },
+    )
+    .expect("the process that serves polls");
+    client.remove().expect("remove the client");
+    server.remove().expect("remove the server");
+}
+
+#[test]
+fn nginx_worker_polls_on_one_cpu() {
+    its_busy_process_polls_under_auto(App::Nginx);
+}
+
+#[test]
+fn postgres_backend_polls_on_one_cpu() {
+    its_busy_process_polls_under_auto(App::Postgres);
+}
+
 /// Each of them is a trapped call of the client; none fails, and each is counted.
 #[test]
 fn ten_thousand_short_connections() {

@@ -5,6 +5,7 @@
 //! stock runtime and kbp with each window. Every measurement is kept in `raw.jsonl` at once, and what is there is not measured again: a
 //! run that was broken off goes on where it was.
 
+mod harm;
 mod plot;
 mod record;
 mod report;
@@ -65,6 +66,10 @@ struct Options {
         default_value = "own,shared,one-cpu,quota,neighbour"
     )]
     situations: Vec<Situation>,
+    /// Only what shows that nobody is harmed: stock against auto, with a table of what is promised and `harm.json`. The options for
+    /// pauses, windows and situations do not count then.
+    #[arg(long)]
+    harm: bool,
     /// Directory for raw.jsonl, result.json and the curves.
     #[arg(long, default_value = "target/bench-window")]
     out: PathBuf,
@@ -86,18 +91,26 @@ fn run(options: &Options, sandbox: &Sandbox) -> Result<ExitCode> {
         node: &node,
         cpus: [place.client, place.server],
     };
+    let (plan, arms) = match options.harm {
+        true => (harm::plan(), harm::ARMS.map(str::to_owned).to_vec()),
+        false => {
+            let gaps = |s: &Situation| (*s, s.gaps(&options.gaps));
+            let plan = options.situations.iter().map(gaps).collect();
+            (plan, options.windows.clone())
+        }
+    };
     for round in 1..=options.rounds {
-        for situation in &options.situations {
+        for (situation, gaps) in &plan {
             for worker in &options.workers {
                 // Every other round backwards, so that a drift of the machine favours no window.
-                let mut windows: Vec<&String> = options.windows.iter().collect();
+                let mut windows: Vec<&String> = arms.iter().collect();
                 if round % 2 == 0 {
                     windows.reverse();
                 }
                 for window in windows {
                     let worker = if window == STOCK { "none" } else { worker };
                     bench
-                        .arm(&mut records, round, *situation, window, worker)
+                        .arm(&mut records, round, *situation, gaps, [window, worker])
                         .with_context(|| format!("{} with window {window}", situation.name()))?;
                 }
             }
@@ -107,6 +120,11 @@ fn run(options: &Options, sandbox: &Sandbox) -> Result<ExitCode> {
     println!("{tables}");
     report::write_results(&options.out, &records)?;
     plot::write(&options.out, &records)?;
+    if options.harm {
+        let promises = harm::judge(&records);
+        println!("{}", harm::table(&promises));
+        harm::write(&options.out, &promises)?;
+    }
     println!(
         "Medians over the rounds; client on CPU {}, server on CPU {} where pinned ({:?}); other work took {:.0} % of the CPU time before the start.\nWritten: raw.jsonl, result.json, window.svg and window.png in {}",
         place.client,
@@ -137,8 +155,8 @@ impl<'s> Bench<'_, 's> {
         records: &mut Records,
         round: u32,
         situation: Situation,
-        window: &str,
-        worker: &str,
+        gaps: &[u32],
+        [window, worker]: [&str; 2],
     ) -> Result<()> {
         let key = |gap: u32| Key {
             situation,
@@ -147,9 +165,9 @@ impl<'s> Bench<'_, 's> {
             gap_us: gap,
             round,
         };
-        let gaps: Vec<u32> = situation.gaps(&self.options.gaps);
         let wanting: Vec<u32> = gaps
-            .into_iter()
+            .iter()
+            .copied()
             .filter(|gap| !records.has(&key(*gap)))
             .collect();
         if wanting.is_empty() {
