@@ -60,7 +60,8 @@ pub(crate) fn judge(records: &Records) -> Vec<Promise> {
             kept: kbp <= limit * stock,
         })
     };
-    let (p50, p99): (fn(&Record) -> f64, fn(&Record) -> f64) = (|r| r.p50_us, |r| r.p99_us);
+    let p50 = |r: &Record| r.p50_us;
+    let p99 = |r: &Record| r.p99_us;
     [
         judge(
             "p50, both pods on one CPU",
