@@ -6,6 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use kbp_kernel::process::PidFd;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, killpg};
@@ -144,9 +145,7 @@ impl Running {
             .into_iter()
             .flatten()
             .collect();
-            // Rounded up, or the last millisecond would be spent in a loop.
-            let timeout = PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX);
-            match poll(&mut fds, timeout) {
+            match poll(&mut fds, whole_milliseconds(left)) {
                 Ok(_) | Err(nix::errno::Errno::EINTR) => {}
                 Err(errno) => return Err(errno.into()),
             }
@@ -223,6 +222,8 @@ fn would_block(error: &io::Error) -> bool {
 
 /// Waits for a program that has closed its outputs, which is to say that it is about to end.
 fn wait(child: &mut Child, deadline: Instant) -> io::Result<Option<ExitStatus>> {
+    // The kernel tells of its end at once. Only where a filter forbids to ask for that it is looked at again and again.
+    let mut process = None;
     let mut pause = Duration::from_micros(50);
     loop {
         if let Some(status) = child.try_wait()? {
@@ -232,9 +233,25 @@ fn wait(child: &mut Child, deadline: Instant) -> io::Result<Option<ExitStatus>> 
         if left.is_zero() {
             return Ok(None);
         }
-        std::thread::sleep(pause.min(left));
-        pause = (pause * 2).min(Duration::from_millis(10));
+        match process.get_or_insert_with(|| PidFd::open(child.id())) {
+            Ok(process) => {
+                let mut fds = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+                match poll(&mut fds, whole_milliseconds(left)) {
+                    Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                    Err(errno) => return Err(errno.into()),
+                }
+            }
+            Err(_) => {
+                std::thread::sleep(pause.min(left));
+                pause = (pause * 2).min(Duration::from_millis(10));
+            }
+        }
     }
+}
+
+/// Rounded up, or the last millisecond would be spent in a loop.
+fn whole_milliseconds(left: Duration) -> PollTimeout {
+    PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX)
 }
 
 #[cfg(test)]
