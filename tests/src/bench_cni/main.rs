@@ -38,6 +38,9 @@ struct Options {
     /// A few samples of each, in under half a minute.
     #[arg(long)]
     quick: bool,
+    /// Only IPv4 without masquerading, one call at a time: what the comparison with ptp needs, in a quarter of a minute.
+    #[arg(long, conflicts_with = "quick")]
+    alone: bool,
     /// The plugin to measure [default: that of the release build, or in KBP_BIN_DIR].
     #[arg(long)]
     kbp: Option<PathBuf>,
@@ -78,6 +81,12 @@ const QUICK: Amount = Amount {
     scale: 20,
 };
 
+const ALONE: Amount = Amount {
+    sequential: 120,
+    at_once: 0,
+    ..WHOLE
+};
+
 fn main() -> ExitCode {
     let options = Options::parse();
     in_sandbox("kbp-bench-cni", |sandbox, interrupt| {
@@ -96,7 +105,11 @@ fn run(options: &Options, sandbox: &Sandbox, interrupt: &Interrupt) -> Result<Ex
     };
     let plugins = Plugins::find(kbp)?;
     let bench = Bench {
-        amount: if options.quick { QUICK } else { WHOLE },
+        amount: match options {
+            Options { quick: true, .. } => QUICK,
+            Options { alone: true, .. } => ALONE,
+            _ => WHOLE,
+        },
         node: Node::new(
             Netns::of_process(sandbox.pid())?,
             &plugins,
@@ -110,6 +123,14 @@ fn run(options: &Options, sandbox: &Sandbox, interrupt: &Interrupt) -> Result<Ex
         ..Report::default()
     };
     report.start_only = bench.start_only()?;
+    if options.alone {
+        let variant = Variant {
+            dual_stack: false,
+            masquerade: false,
+        };
+        report.calls = bench.compare(variant)?;
+        return finish(options, &report);
+    }
     for dual_stack in [false, true] {
         for masquerade in [false, true] {
             let variant = Variant {
@@ -130,9 +151,13 @@ fn run(options: &Options, sandbox: &Sandbox, interrupt: &Interrupt) -> Result<Ex
         })?);
     }
     report.scale = bench.scale(&plugins, sandbox.dir())?;
+    finish(options, &report)
+}
+
+fn finish(options: &Options, report: &Report) -> Result<ExitCode> {
     let text = report.text();
     println!("{text}");
-    write_json(&options.out, &report)?;
+    write_json(&options.out, report)?;
     println!("figures: {}", options.out.display());
     Ok(ExitCode::SUCCESS)
 }
@@ -228,9 +253,7 @@ impl Bench<'_> {
             if !self.turns.goes_on(round)? {
                 break;
             }
-            let mut arms = Arm::ALL;
-            arms.rotate_left(round % Arm::ALL.len());
-            for arm in arms {
+            for arm in Arm::turns(round) {
                 self.turns.check()?;
                 let config = config(arm, variant, self.node.leases());
                 for verb in ["ADD", "DEL"] {

@@ -25,6 +25,12 @@ pub(crate) enum Arm {
 impl Arm {
     pub(crate) const ALL: [Self; 4] = [Self::Ptp, Self::Bridge, Self::KbpHostLocal, Self::KbpLocal];
 
+    /// Their order in a round. Within four rounds each comes after every other once: a DEL goes on in the kernel after the call, so
+    /// that who always came after the same one would bear the cost of that one's links.
+    pub(crate) fn turns(round: usize) -> [Self; 4] {
+        [0, 1, 3, 2].map(|place| Self::ALL[(place + round) % 4])
+    }
+
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Ptp => "ptp",
@@ -90,6 +96,17 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
+
+    #[test]
+    fn each_plugin_comes_after_every_other() {
+        let mut after = BTreeSet::new();
+        for round in 0..4 {
+            let turns = Arm::turns(round);
+            assert_eq!(BTreeSet::from(turns).len(), 4, "{turns:?}");
+            after.extend(turns.windows(2).map(|pair| (pair[0], pair[1])));
+        }
+        assert_eq!(after.len(), 4 * 3, "{after:?}");
+    }
 
     #[test]
     fn no_two_networks_share_a_range() {
