@@ -1,6 +1,7 @@
 //! Pods as the kubelet makes them, through containerd's CRI plugin with the handler of `config/containerd/`.
 
 mod messages;
+mod networks;
 mod tools;
 
 use std::collections::HashMap;
@@ -23,6 +24,8 @@ const ECHO: &str = "docker.io/library/echo:test";
 struct Node<'s> {
     sandbox: &'s Sandbox,
     containerd: Containerd<'s>,
+    /// Where containerd reads its network config.
+    networks: PathBuf,
     socket: PathBuf,
 }
 
@@ -98,6 +101,7 @@ fn on_network(
     let node = Node {
         sandbox: &sandbox,
         containerd,
+        networks,
         socket: sandbox.inside("/run/containerd/containerd.sock"),
     };
     for (reference, command) in [
@@ -372,52 +376,6 @@ fn a_pod_on_v1_7() {
 #[test]
 fn a_pod_on_v2() {
     a_pod(Generation::V2);
-}
-
-/// Two pods on another network than the usual one; `host_end` is how ip(8) describes theirs.
-fn pods_of_network(network: &str, host_end: &str) {
-    on_network(
-        network,
-        Generation::Machine,
-        |handler| handler,
-        |node| {
-            let pods = ["one", "two"].map(|name| {
-                let config = node.sandbox_config(name, &[]);
-                let pod = node
-                    .run(&config)
-                    .unwrap_or_else(|e| panic!("{e}\n{}", node.containerd.log()));
-                node.container(&pod, &config, name, None);
-                pod
-            });
-            for pod in &pods {
-                let state = node.state(pod);
-                assert!(state.degraded.is_empty(), "{state:#?}");
-                node.ask(&node.ip(pod));
-            }
-            let links = node
-                .sandbox
-                .ip("-details link show type veth")
-                .expect("links");
-            assert_eq!(links.matches(host_end).count(), pods.len(), "{links}");
-            for pod in &pods {
-                node.remove(pod);
-            }
-            // The bridge is there for the next pod; nothing else is.
-            if node.sandbox.ip("link show kbp0").is_ok() {
-                node.sandbox.ip("link delete kbp0").expect("delete it");
-            }
-        },
-    );
-}
-
-#[test]
-fn pods_on_a_bridge_of_kbp() {
-    pods_of_network("10-kbp-bridge.conflist", "master kbp0");
-}
-
-#[test]
-fn pods_of_ptp_whose_veths_are_tuned() {
-    pods_of_network("10-kbp-behind-ptp.conflist", "alias kbp-tuned:");
 }
 
 /// What a pod may not have is refused with kbp's own words, and nothing of it stays.

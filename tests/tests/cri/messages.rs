@@ -207,3 +207,15 @@ pub(crate) struct ExecResult {
 /// An answer that says nothing.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct Empty {}
+
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct StatusRequest {
+    #[prost(bool, tag = "1")]
+    pub(crate) verbose: bool,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct RuntimeStatus {
+    #[prost(map = "string, string", tag = "2")]
+    pub(crate) info: HashMap<String, String>,
+}
