@@ -51,7 +51,12 @@ impl Config {
     pub(crate) fn parse(raw: Vec<u8>, version: &mut Version) -> Result<Self> {
         let decode = |msg| CniError::new(Code::DECODE, msg);
         let json: Value = serde_json::from_slice(&raw)
-            .map_err(|error| decode(format!("the network config on stdin is not JSON: {error}")))?;
+            .map_err(|error| {
+            decode(match raw.trim_ascii().is_empty() {
+                true => "the network config on stdin is not JSON but empty; the runtime has to write it there".to_owned(),
+                false => format!("the network config on stdin is not JSON: {error}; correct the file that the runtime reads it from"),
+            })
+        })?;
         let Value::Object(json) = json else {
             return Err(decode(format!(
                 "the network config on stdin is not a JSON object but {json}"

@@ -21,7 +21,7 @@ pub(crate) fn open_pod<'a>(call: &'a Call, host: &Side) -> Result<(Side, &'a Pat
         Some(nix::libc::ENOENT | nix::libc::ESRCH) => CniError::new(
             Code::UNKNOWN_CONTAINER,
             format!(
-                "CNI_NETNS {path:?}: the network namespace of container {} does not exist",
+                "CNI_NETNS {path:?}: the network namespace of container {} does not exist; its runtime has to make it before ADD and to keep it until DEL",
                 call.container_id
             ),
         ),

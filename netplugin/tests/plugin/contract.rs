@@ -1,14 +1,16 @@
 //! Lines of the contract that no other file is about.
 
 use std::fs;
+use std::net::IpAddr;
 use std::path::Path;
+use std::time::Duration;
 
 use kbp_kernel::ethtool;
 use serde_json::{Value, json};
 
 use crate::lifecycle::with_result;
 use crate::matrix::{reference, reference_config};
-use crate::traffic::{ip, tcp_transfer, udp};
+use crate::traffic::{any, ip, tcp_transfer, udp};
 use crate::world::{Pod, World, address, environment, path, run};
 
 const MODES: [&str; 2] = ["routed", "bridge"];
@@ -184,44 +186,58 @@ fn a_pod_of_another_plugin_with_a_smaller_mtu_is_reached_with_large_packets() {
     for mode in MODES {
         let world = World::new();
         let (ours, other) = (Pod::new("pod-a"), Pod::new("pod-b"));
-        // In a range of its own, or the bridge would have to answer for it.
-        let mut ptp = reference_config(&world, "1.0.0", "ptp", false);
+        // In ranges of its own, or the bridge would have to answer for it.
+        let mut ptp = reference_config(&world, "1.0.0", "ptp", true);
         ptp["name"] = json!("other");
-        ptp["ipam"]["ranges"] = json!([[{ "subnet": "10.66.0.0/16" }]]);
-        ptp["ipam"]["routes"] = json!([{ "dst": "0.0.0.0/0" }]);
+        ptp["ipam"]["ranges"] =
+            json!([[{ "subnet": "10.66.0.0/16" }], [{ "subnet": "fd66::/64" }]]);
+        ptp["ipam"]["routes"] = json!([{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }]);
         let answer = reference(&world, "ptp", "ADD", &other, &ptp);
         assert!(answer.ok, "{answer:?}");
         // With the full MTU towards everything, as if nothing were known of the other pod.
-        let routes = json!([{ "dst": "10.66.0.0/16", "mtu": 65535 }]);
+        let routes = json!([
+            { "dst": "10.66.0.0/16", "mtu": 65535 },
+            { "dst": "fd66::/64", "mtu": 65535 },
+        ]);
         let config = world.config(
             "1.0.0",
             json!({ "mode": mode, "isGateway": true, "routes": routes }),
         );
-        world.add(&ours, &config);
+        let result = world.add(&ours, &config);
         assert_eq!(
             ethtool::features(&ours.netns, "eth0").map(|f| f.tso).ok(),
             Some(false)
         );
-        let there = ip("10.66.0.2");
-        tcp_transfer(&ours.netns, &other.netns, there, 300_000);
-        tcp_transfer(&other.netns, &ours.netns, ip("10.77.0.2"), 300_000);
-        // The first datagrams may be lost to path MTU discovery, which the sender is told of.
-        let server = udp(&other.netns, (there, 0).into());
-        server
-            .set_read_timeout(Some(std::time::Duration::from_millis(200)))
-            .expect("set a timeout");
-        let client = udp(&ours.netns, "0.0.0.0:0".parse().expect("an address"));
-        client
-            .connect(server.local_addr().expect("an address"))
-            .expect("connect");
-        let mut buffer = [0; 10_000];
-        let arrived = (0..20).any(|_| {
-            let _ = client.send(&[7; 9000]);
-            server.recv(&mut buffer).is_ok_and(|n| n == 9000)
-        });
-        assert!(
-            arrived,
-            "{mode}: no datagram of 9000 bytes reaches an MTU of 1500"
-        );
+        for (family, there) in [ip("10.66.0.2"), ip("fd66::2")].into_iter().enumerate() {
+            // Before anything has told the pod of the narrow hop.
+            datagrams_pass_a_narrow_hop(&ours, &other, there, mode);
+            tcp_transfer(&ours.netns, &other.netns, there, 300_000);
+            let here = address(&result, family);
+            tcp_transfer(&other.netns, &ours.netns, here, 300_000);
+        }
     }
+}
+
+/// The first datagrams may be lost to path MTU discovery: the sender is told why, and those after them arrive.
+fn datagrams_pass_a_narrow_hop(ours: &Pod, other: &Pod, there: IpAddr, mode: &str) {
+    let server = udp(&other.netns, (there, 0).into());
+    server
+        .set_read_timeout(Some(Duration::from_millis(200)))
+        .expect("set a timeout");
+    let client = udp(&ours.netns, any(there));
+    client
+        .connect(server.local_addr().expect("an address"))
+        .expect("connect");
+    let mut buffer = [0; 10_000];
+    let arrived = (0..20).any(|_| {
+        let _ = client.send(&[7; 9000]);
+        server.recv(&mut buffer).is_ok_and(|n| n == 9000)
+    });
+    assert!(
+        arrived,
+        "{mode}: no datagram of 9000 bytes reaches {there} behind an MTU of 1500"
+    );
+    // That it knows is the work of an ICMP error: nothing else has said so.
+    let route = ours.command("ip", &["route", "get", &there.to_string()]);
+    assert!(route.contains("mtu 1500"), "{mode}: {route}");
 }

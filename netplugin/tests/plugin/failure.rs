@@ -81,12 +81,18 @@ fn a_namespace_that_is_gone_or_is_none_is_named() {
         (
             "/run/netns/kbp-never-was",
             3,
-            ["/run/netns/kbp-never-was", "does not exist"],
+            [
+                "/run/netns/kbp-never-was",
+                "does not exist; its runtime has to make it",
+            ],
         ),
         (
             "/proc/4194305/ns/net",
             3,
-            ["/proc/4194305/ns/net", "does not exist"],
+            [
+                "/proc/4194305/ns/net",
+                "does not exist; its runtime has to make it",
+            ],
         ),
         ("/proc/self/ns/uts", 4, ["/proc/self/ns/uts", "CNI_NETNS"]),
         ("/etc/passwd", 4, ["/etc/passwd", "CNI_NETNS"]),

@@ -265,6 +265,11 @@ impl Pod {
         RouteSocket::open_in(&self.netns).expect("open a socket in the pod")
     }
 
+    /// Runs a program in the pod's namespace.
+    pub(crate) fn command(&self, program: &str, arguments: &[&str]) -> String {
+        command(&self.netns, program, arguments)
+    }
+
     /// What is in the pod.
     pub(crate) fn dump(&self) -> String {
         dump(&self.netns)
