@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -86,10 +86,16 @@ pub fn serve(flags: &Flags) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("start the async runtime")?;
-    let served = runtime.block_on(run(flags, listener));
-    if let Some(socket) = socket {
-        address::remove(&socket);
-    }
+    // Once: the name may be the next shim's soon after.
+    let socket = Arc::new(Mutex::new(socket));
+    let remove_socket = move || {
+        let mut socket = socket.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(socket) = socket.take() {
+            address::remove(&socket);
+        }
+    };
+    let served = runtime.block_on(run(flags, listener, remove_socket.clone()));
+    remove_socket();
     if let Err(error) = &served {
         tracing::error!("{}", super::chain(error));
     }
@@ -121,16 +127,21 @@ fn listener(flags: &Flags, bundle: &Path) -> anyhow::Result<(UnixListener, Optio
     Ok((listener, address::of_bundle(bundle)))
 }
 
-async fn run(flags: &Flags, listener: UnixListener) -> anyhow::Result<()> {
+async fn run(
+    flags: &Flags,
+    listener: UnixListener,
+    remove_socket: impl Fn() + Send + Sync + 'static,
+) -> anyhow::Result<()> {
     let reaper = Reaper::start()?;
     let events = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
     let (publisher, delivery) = Publisher::start(&flags.namespace, &events);
-    let plain = Arc::new(TaskService::new(Surroundings {
+    let plain = TaskService::new(Surroundings {
         namespace: flags.namespace.clone(),
         default_runtime: default_runtime(),
         reaper,
         publisher: Arc::clone(&publisher),
-    }));
+    });
+    let plain = Arc::new(plain.at_shutdown(remove_socket));
     let mut shutdown = plain.shutdown();
     let context = pod::Context {
         namespace: flags.namespace.clone(),

@@ -27,12 +27,22 @@ pub struct TaskService {
     /// By id; None while the container is being created.
     containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
     shutdown: watch::Sender<bool>,
+    at_shutdown: Last,
     /// Whether memory is about to be given back.
     tidying: Arc<AtomicBool>,
 }
 
 /// How long after a deletion memory is given back: many may come at once.
 const TIDY_DELAY: Duration = Duration::from_secs(1);
+
+/// What is done before the shutdown is answered.
+struct Last(Box<dyn Fn() + Send + Sync>);
+
+impl std::fmt::Debug for Last {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Last")
+    }
+}
 
 /// An id that is taken while its container is being created.
 struct Reservation<'a> {
@@ -56,8 +66,15 @@ impl TaskService {
             around,
             containers: Mutex::default(),
             shutdown: watch::Sender::new(false),
+            at_shutdown: Last(Box::new(|| {})),
             tidying: Arc::default(),
         }
+    }
+
+    /// Runs `last` before the shutdown is answered: containerd may start the next shim of the name as soon as it is.
+    pub fn at_shutdown(mut self, last: impl Fn() + Send + Sync + 'static) -> Self {
+        self.at_shutdown = Last(Box::new(last));
+        self
     }
 
     /// Becomes true when containerd asks for the shutdown and no container is left.
@@ -80,6 +97,12 @@ impl TaskService {
 
     fn reserve<'a>(&'a self, id: &'a str) -> Result<Reservation<'a>> {
         let mut containers = self.containers();
+        // A container that came now would lose its shim.
+        if *self.shutdown.borrow() {
+            return Err(Error::FailedPrecondition(format!(
+                "container {id}: its pod's shim is shutting down, as its last container was deleted; create it again"
+            )));
+        }
         if containers.contains_key(id) {
             return Err(Error::AlreadyExists(format!("container {id}")));
         }
@@ -362,7 +385,9 @@ impl Task for TaskService {
 
     async fn shutdown(&self, _: &TtrpcContext, _: api::ShutdownRequest) -> ttrpc::Result<Empty> {
         // containerd asks after every deletion; the pod's last one ends the shim.
-        if self.containers().is_empty() {
+        let containers = self.containers();
+        if containers.is_empty() {
+            (self.at_shutdown.0)();
             self.shutdown.send_replace(true);
         }
         Ok(Empty::new())

@@ -75,6 +75,14 @@ impl Container {
             )));
         }
         written.map(drop).map_err(|mut failure| {
+            // crun without criu in it: Debian's.
+            if failure.message.contains("unknown command checkpoint") {
+                return Error::Unimplemented(format!(
+                    "the OCI runtime cannot checkpoint ({}): name one that can, as runc does, with `runtime` in kbp's config or BinaryName in the options, \
+                     or have crun built with criu",
+                    failure.message
+                ));
+            }
             failure.message = format!("{} path= {}", failure.message, dump_log.display());
             failure.during("OCI runtime checkpoint failed")
         })

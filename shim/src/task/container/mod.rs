@@ -286,6 +286,8 @@ impl Container {
                 self.id
             );
         }
+        // Whoever tells of its exit holds this until it is told: the deletion is told after it.
+        drop(self.init.operation.lock().await);
         self.init.finish_io(DRAIN_LIMIT).await;
         let execs: Vec<_> = self.execs().drain().collect();
         for (_, exec) in execs {
