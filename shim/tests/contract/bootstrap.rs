@@ -3,19 +3,40 @@
 use std::fs;
 use std::path::Path;
 
-use crate::support::{World, annotations, until, within};
+use crate::support::{Arm, World, annotations, arms, until, within};
 use containerd_shim_protos::api;
 use containerd_shim_protos::protobuf::Message;
+use containerd_shim_protos::ttrpc::{self, Code};
 use containerd_shim_protos::types::introspection::RuntimeInfo;
 use serde_json::Value;
+
+arms!(
+    all: [
+        containers_of_a_group_share_a_server,
+        a_socket_that_nobody_serves_is_replaced,
+        delete_clears_what_a_killed_server_left_and_can_be_repeated,
+        the_server_goes_into_the_cgroup_that_the_options_name,
+    ],
+    runtimes: [],
+    kbp: [
+        the_next_server_can_start_as_soon_as_the_shutdown_is_answered,
+        each_generation_gets_the_answer_that_it_understands,
+        delete_of_one_container_leaves_the_pod_of_a_living_server_alone,
+        info_tells_the_runtime_and_its_features,
+        what_is_wrong_is_told_on_standard_error,
+        the_server_is_quiet_and_has_no_huge_pages_but_its_containers_may,
+        a_server_can_be_started_by_hand,
+        a_server_that_is_asked_to_terminate_leaves_no_socket,
+        delete_of_what_never_was,
+    ]
+);
 
 fn text(bytes: &[u8]) -> &str {
     std::str::from_utf8(bytes).expect("text")
 }
 
-#[tokio::test]
-async fn each_generation_gets_the_answer_that_it_understands() {
-    let world = World::new().await;
+async fn each_generation_gets_the_answer_that_it_understands(arm: Arm) {
+    let world = World::new(arm).await;
     let input = world.any_options().write_to_bytes().expect("encode");
     // 1.6 says nothing, 1.7 says 2 and is no program of version 2's module.
     for (id, version) in [
@@ -57,13 +78,12 @@ async fn each_generation_gets_the_answer_that_it_understands() {
     }
 }
 
-#[tokio::test]
-async fn containers_of_a_group_share_a_server() {
+async fn containers_of_a_group_share_a_server(arm: Arm) {
     for group in [
         "io.kubernetes.cri.sandbox-id",
         "io.containerd.runc.v2.group",
     ] {
-        let world = World::new().await;
+        let world = World::new(arm).await;
         for id in ["first", "second", "other"] {
             let value = if id == "other" { "pod-2" } else { "pod-1" };
             world.add_bundle_with(id, &["true"], |spec| {
@@ -77,10 +97,10 @@ async fn containers_of_a_group_share_a_server() {
         assert_eq!(first.pid, second.pid);
         assert_eq!(first.address, second.address);
         assert_ne!(first.pid, other.pid);
-        assert_eq!(
-            fs::read_to_string(world.bundle("second").join("address")).expect("the file"),
-            second.address
-        );
+        if arm != Arm::Stock2 {
+            let file = fs::read_to_string(world.bundle("second").join("address"));
+            assert_eq!(file.expect("the file"), second.address);
+        }
 
         within(first.create(&world.create_request("first")))
             .await
@@ -102,9 +122,8 @@ async fn containers_of_a_group_share_a_server() {
     }
 }
 
-#[tokio::test]
-async fn a_socket_that_nobody_serves_is_replaced() {
-    let world = World::new().await;
+async fn a_socket_that_nobody_serves_is_replaced(arm: Arm) {
+    let world = World::new(arm).await;
     world.add_bundle("c", &["true"]);
     let shim = world.start_shim("c").await;
     kbp_kernel::process::kill(shim.pid, 9).expect("kill");
@@ -122,9 +141,37 @@ async fn a_socket_that_nobody_serves_is_replaced() {
     again.end().await;
 }
 
-#[tokio::test]
-async fn delete_clears_what_a_killed_server_left_and_can_be_repeated() {
-    let world = World::new().await;
+async fn the_next_server_can_start_as_soon_as_the_shutdown_is_answered(arm: Arm) {
+    let world = World::new(arm).await;
+    world.add_bundle("c", &["true"]);
+    let mut last = 0;
+    for round in 0..20 {
+        let shim = world.start_shim("c").await;
+        assert_ne!(shim.pid, last, "round {round}: the one that ends");
+        last = shim.pid;
+        // It may hang up before it answers, but not before its socket is gone.
+        let _ = shim.shutdown(&api::ShutdownRequest::new()).await;
+        let (code, message) = match shim.create(&world.create_request("c")).await {
+            Err(ttrpc::Error::RpcStatus(status)) => (status.code(), status.message),
+            Err(_) => continue,
+            Ok(_) => panic!("a container in a server that ends"),
+        };
+        assert_eq!(code, Code::FAILED_PRECONDITION);
+        assert!(message.contains("shutting down"), "{message}");
+    }
+    let name = world.start_shim("c").await;
+    until("the end of the last but one", || {
+        !Path::new(&format!("/proc/{last}/exe")).exists()
+    })
+    .await;
+    let socket = name.address.trim_start_matches("unix://");
+    assert!(Path::new(socket).exists(), "its successor's was removed");
+    name.end().await;
+    assert_eq!(world.leftovers("c"), [""; 0]);
+}
+
+async fn delete_clears_what_a_killed_server_left_and_can_be_repeated(arm: Arm) {
+    let world = World::new(arm).await;
     let shim = world.created("c", &["sleep", "1000"]).await;
     let init = shim.start_init("c").await;
     kbp_kernel::process::kill(shim.pid, 9).expect("kill");
@@ -136,7 +183,7 @@ async fn delete_clears_what_a_killed_server_left_and_can_be_repeated() {
     for round in 0..2 {
         let output = world.run(world.binary("c", &["delete"]), b"");
         assert!(
-            output.status.success() && output.stderr.is_empty(),
+            output.status.success() && (output.stderr.is_empty() || !arm.is_kbp()),
             "{output:?}"
         );
         let answer =
@@ -155,9 +202,8 @@ async fn delete_clears_what_a_killed_server_left_and_can_be_repeated() {
     .await;
 }
 
-#[tokio::test]
-async fn delete_of_one_container_leaves_the_pod_of_a_living_server_alone() {
-    let world = World::new().await;
+async fn delete_of_one_container_leaves_the_pod_of_a_living_server_alone(arm: Arm) {
+    let world = World::new(arm).await;
     for id in ["first", "second"] {
         world.add_bundle_with(id, &["sleep", "1000"], |spec| {
             spec["annotations"] = serde_json::to_value(annotations(&[
@@ -216,9 +262,8 @@ async fn delete_of_one_container_leaves_the_pod_of_a_living_server_alone() {
     assert_eq!(states(), 0);
 }
 
-#[tokio::test]
-async fn delete_of_what_never_was() {
-    let world = World::new().await;
+async fn delete_of_what_never_was(arm: Arm) {
+    let world = World::new(arm).await;
     let bundle = world.add_bundle("c", &["true"]);
     let output = world.run(world.binary("c", &["delete"]), b"");
     assert!(
@@ -234,9 +279,8 @@ async fn delete_of_what_never_was() {
     fs::remove_dir_all(bundle).expect("remove the bundle");
 }
 
-#[tokio::test]
-async fn info_tells_the_runtime_and_its_features() {
-    let world = World::new().await;
+async fn info_tells_the_runtime_and_its_features(arm: Arm) {
+    let world = World::new(arm).await;
     world.add_bundle("c", &["true"]);
     let options = world.any_options();
     let output = world.run(
@@ -256,9 +300,8 @@ async fn info_tells_the_runtime_and_its_features() {
     assert!(info.features.type_url.ends_with("features/Features"));
 }
 
-#[tokio::test]
-async fn what_is_wrong_is_told_on_standard_error() {
-    let world = World::new().await;
+async fn what_is_wrong_is_told_on_standard_error(arm: Arm) {
+    let world = World::new(arm).await;
     world.add_bundle("c", &["true"]);
     let version = world.run(world.binary("c", &["-v"]), b"");
     assert!(text(&version.stdout).contains(env!("CARGO_PKG_VERSION")));
@@ -281,9 +324,8 @@ async fn what_is_wrong_is_told_on_standard_error() {
     );
 }
 
-#[tokio::test]
-async fn the_server_is_quiet_and_has_no_huge_pages_but_its_containers_may() {
-    let world = World::new().await;
+async fn the_server_is_quiet_and_has_no_huge_pages_but_its_containers_may(arm: Arm) {
+    let world = World::new(arm).await;
     let shim = world.created("c", &["sleep", "1000"]).await;
     let init = shim.start_init("c").await;
     let of_init = fs::read_to_string(format!("/proc/{init}/status")).expect("a file of /proc");
@@ -310,9 +352,8 @@ async fn the_server_is_quiet_and_has_no_huge_pages_but_its_containers_may() {
     assert_eq!(score, own.trim().parse::<i32>().expect("a number") + 1);
 }
 
-#[tokio::test]
-async fn the_server_goes_into_the_cgroup_that_the_options_name() {
-    let mut world = World::new().await;
+async fn the_server_goes_into_the_cgroup_that_the_options_name(arm: Arm) {
+    let mut world = World::new(arm).await;
     let name = world
         .path("")
         .file_name()
@@ -337,8 +378,12 @@ async fn the_server_goes_into_the_cgroup_that_the_options_name() {
     until("the cgroup's removal", || fs::remove_dir(&cgroup).is_ok()).await;
     assert_eq!(joined.expect("its processes").trim(), pid.to_string());
 
+    // The other ones may make it.
+    if !arm.is_kbp() {
+        return;
+    }
     world.options.shim_cgroup = "/nonexistent/cgroup".to_owned();
-    let output = world.run(world.binary("c", &["start"]), &world.bootstrap_params("c"));
+    let output = world.run(world.binary("c", &["start"]), &world.start_input("c"));
     assert!(!output.status.success() && output.stdout.is_empty());
     assert!(
         text(&output.stderr).contains("/nonexistent/cgroup"),
@@ -348,9 +393,8 @@ async fn the_server_goes_into_the_cgroup_that_the_options_name() {
     assert_eq!(world.leftovers("c"), [""; 0], "no socket");
 }
 
-#[tokio::test]
-async fn a_server_can_be_started_by_hand() {
-    let world = World::new().await;
+async fn a_server_can_be_started_by_hand(arm: Arm) {
+    let world = World::new(arm).await;
     world.add_bundle("c", &["true"]);
     let socket = world.path("by-hand.sock");
     let mut server = world
@@ -366,9 +410,8 @@ async fn a_server_can_be_started_by_hand() {
     assert!(!socket.exists());
 }
 
-#[tokio::test]
-async fn a_server_that_is_asked_to_terminate_leaves_no_socket() {
-    let world = World::new().await;
+async fn a_server_that_is_asked_to_terminate_leaves_no_socket(arm: Arm) {
+    let world = World::new(arm).await;
     world.add_bundle("c", &["true"]);
     let shim = world.start_shim("c").await;
     kbp_kernel::process::kill(shim.pid, 13).expect("SIGPIPE");

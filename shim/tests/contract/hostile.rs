@@ -8,7 +8,16 @@ use std::time::Duration;
 use containerd_shim_protos::api;
 
 use crate::random::Random;
-use crate::support::{Shim, World};
+use crate::support::{Arm, Shim, World, arms};
+
+arms!(
+    all: [],
+    runtimes: [],
+    kbp: [
+        the_server_gives_up_capabilities_and_its_runtime_has_them,
+        malformed_and_oversized_messages_disturb_nobody_else,
+    ]
+);
 
 fn set(pid: &str, name: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
@@ -17,9 +26,8 @@ fn set(pid: &str, name: &str) -> u64 {
 }
 
 /// Numbers of capabilities(7): module loading, raw I/O, reboot, clock, BPF; and what a mount or a socket of others takes.
-#[tokio::test]
-async fn the_server_gives_up_capabilities_and_its_runtime_has_them() {
-    let mut world = World::new().await;
+async fn the_server_gives_up_capabilities_and_its_runtime_has_them(arm: Arm) {
+    let mut world = World::new(arm).await;
     let script = world.path("runtime");
     let text = format!(
         "#!/bin/sh\ngrep Cap /proc/self/status >{}\nexec runc \"$@\"\n",
@@ -63,9 +71,8 @@ async fn answers(shim: &Shim) {
     assert_eq!(shim.status("c", "").await, api::Status::CREATED);
 }
 
-#[tokio::test]
-async fn malformed_and_oversized_messages_disturb_nobody_else() {
-    let world = World::new().await;
+async fn malformed_and_oversized_messages_disturb_nobody_else(arm: Arm) {
+    let world = World::new(arm).await;
     let shim = world.created("c", &["sleep", "1000"]).await;
     let path = shim.address.trim_start_matches("unix://").to_owned();
     let send = |bytes: Vec<u8>| {

@@ -10,7 +10,30 @@ use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::ttrpc::{self, Code};
 use serde_json::json;
 
-use crate::support::{Shim, World, refused, until, within};
+use crate::support::{Arm, Shim, World, arms, refused, until};
+
+arms!(
+    all: [
+        a_life_in_order,
+        an_init_that_ends_at_once_is_told_after_its_start,
+        an_init_that_is_killed_before_its_start_is_told,
+        execs_end_before_their_init,
+        execs_have_a_life_of_their_own,
+        an_exec_that_cannot_start_says_why_and_waits_for_nobody,
+        pause_and_resume,
+        statistics_and_limits,
+        what_cannot_be_done_is_refused_with_its_code,
+    ],
+    runtimes: [
+        memory_that_runs_out_is_told_before_the_end,
+        both_versions_of_the_service_answer,
+        deleting_what_was_never_started_ends_it_first,
+        a_caller_that_hangs_up_does_not_leave_half_a_container,
+    ],
+    kbp: [
+        the_end_of_an_init_takes_along_what_shares_its_pid_namespace_with_others,
+    ]
+);
 
 const TERM: u32 = 15;
 const KILL: u32 = 9;
@@ -25,9 +48,15 @@ fn exits(world: &World) -> Vec<events::TaskExit> {
         .collect()
 }
 
-#[tokio::test]
-async fn a_life_in_order() {
-    let world = World::new().await;
+/// Refused for the state of what it is about. The stock shims have no code for most of these.
+fn assert_wrong_state<T: std::fmt::Debug>(arm: Arm, answer: ttrpc::Result<T>) {
+    let (code, message) = refused(answer);
+    let right = code == Code::FAILED_PRECONDITION || !arm.is_kbp() && code == Code::UNKNOWN;
+    assert!(right, "{code:?}: {message}");
+}
+
+async fn a_life_in_order(arm: Arm) {
+    let world = World::new(arm).await;
     let shim = world.created("c", &["sh", "-c", "exit 7"]).await;
     assert_eq!(shim.status("c", "").await, api::Status::CREATED);
     let pid = shim.start_init("c").await;
@@ -67,9 +96,8 @@ async fn a_life_in_order() {
     assert_eq!(world.leftovers("c"), [""; 0]);
 }
 
-#[tokio::test]
-async fn an_init_that_ends_at_once_is_told_after_its_start() {
-    let world = World::new().await;
+async fn an_init_that_ends_at_once_is_told_after_its_start(arm: Arm) {
+    let world = World::new(arm).await;
     world.add_bundle("c0", &["true"]);
     let shim = world.start_shim("c0").await;
     for round in 0..20 {
@@ -95,9 +123,8 @@ async fn an_init_that_ends_at_once_is_told_after_its_start() {
     shim.end().await;
 }
 
-#[tokio::test]
-async fn an_init_that_is_killed_before_its_start_is_told() {
-    let world = World::new().await;
+async fn an_init_that_is_killed_before_its_start_is_told(arm: Arm) {
+    let world = World::new(arm).await;
     let shim = world.created("c", &["true"]).await;
     shim.signal("c", "", KILL).await.expect("kill");
     assert_eq!(shim.exit_status("c", "").await, 128 + KILL);
@@ -106,18 +133,14 @@ async fn an_init_that_is_killed_before_its_start_is_told() {
         id: "c".to_owned(),
         ..Default::default()
     };
-    assert_eq!(
-        refused(shim.start(&start).await).0,
-        Code::FAILED_PRECONDITION
-    );
+    assert_wrong_state(arm, shim.start(&start).await);
     shim.remove("c", "").await.expect("delete");
     let all = world.wait_for("/tasks/delete").await;
     assert_eq!(all.len(), 3, "create, exit, delete: {all:?}");
 }
 
-#[tokio::test]
-async fn deleting_what_was_never_started_ends_it_first() {
-    let world = World::new().await;
+async fn deleting_what_was_never_started_ends_it_first(arm: Arm) {
+    let world = World::new(arm).await;
     let shim = world.created("c", &["true"]).await;
     let deleted = shim.remove("c", "").await.expect("delete");
     assert_eq!(deleted.exit_status, 128 + KILL);
@@ -136,9 +159,8 @@ async fn deleting_what_was_never_started_ends_it_first() {
     );
 }
 
-#[tokio::test]
-async fn execs_end_before_their_init() {
-    let world = World::new().await;
+async fn execs_end_before_their_init(arm: Arm) {
+    let world = World::new(arm).await;
     let shim = world.created("c", &["sleep", "1000"]).await;
     shim.start_init("c").await;
     for exec in ["a", "b"] {
@@ -160,9 +182,8 @@ async fn execs_end_before_their_init() {
     assert_eq!(world.topics()[2..6], order);
 }
 
-#[tokio::test]
-async fn the_end_of_an_init_takes_along_what_shares_its_pid_namespace_with_others() {
-    let world = World::new().await;
+async fn the_end_of_an_init_takes_along_what_shares_its_pid_namespace_with_others(arm: Arm) {
+    let world = World::new(arm).await;
     let script = ["sh", "-c", "sleep 1000 & exit 3"];
     world.add_bundle_with("c", &script, |spec| {
         spec["linux"]["namespaces"] = json!([{ "type": "mount" }, { "type": "ipc" }]);
@@ -190,31 +211,23 @@ async fn the_end_of_an_init_takes_along_what_shares_its_pid_namespace_with_other
     shim.remove("c", "").await.expect("delete");
 }
 
-#[tokio::test]
-async fn execs_have_a_life_of_their_own() {
-    let world = World::new().await;
+async fn execs_have_a_life_of_their_own(arm: Arm) {
+    let world = World::new(arm).await;
     let shim = world.created("c", &["sleep", "1000"]).await;
     shim.start_init("c").await;
     shim.add_exec("c", "x", &["sh", "-c", "exit 5"])
         .await
         .expect("exec");
     let (code, message) = refused(shim.add_exec("c", "x", &["true"]).await);
-    assert_eq!((code, message.as_str()), (Code::ALREADY_EXISTS, "id x"));
-    assert_eq!(
-        refused(shim.signal("c", "x", TERM).await).0,
-        Code::FAILED_PRECONDITION
-    );
+    assert_eq!(code, Code::ALREADY_EXISTS);
+    assert!(message.starts_with("id x"), "{message}");
+    assert_wrong_state(arm, shim.signal("c", "x", TERM).await);
     let pid = shim.start_exec("c", "x").await.expect("start");
     assert_eq!(shim.exit_status("c", "x").await, 5);
-    assert_eq!(
-        refused(shim.start_exec("c", "x").await).0,
-        Code::FAILED_PRECONDITION
-    );
+    assert_wrong_state(arm, shim.start_exec("c", "x").await);
     let (code, message) = refused(shim.signal("c", "x", TERM).await);
-    assert_eq!(
-        (code, message.as_str()),
-        (Code::NOT_FOUND, "process already finished")
-    );
+    assert_eq!(code, Code::NOT_FOUND);
+    assert!(message.starts_with("process already finished"), "{message}");
     let deleted = shim.remove("c", "x").await.expect("delete");
     assert_eq!((deleted.pid, deleted.exit_status), (pid, 5));
     assert_eq!(refused(shim.start_exec("c", "x").await).0, Code::NOT_FOUND);
@@ -223,10 +236,7 @@ async fn execs_have_a_life_of_their_own() {
         .await
         .expect("exec");
     let slow = shim.start_exec("c", "slow").await.expect("start");
-    assert_eq!(
-        refused(shim.remove("c", "slow").await).0,
-        Code::FAILED_PRECONDITION
-    );
+    assert_wrong_state(arm, shim.remove("c", "slow").await);
     let pids = shim
         .pids(&api::PidsRequest {
             id: "c".to_owned(),
@@ -252,9 +262,8 @@ async fn execs_have_a_life_of_their_own() {
     assert_eq!(shim.status("c", "").await, api::Status::RUNNING);
 }
 
-#[tokio::test]
-async fn an_exec_that_cannot_start_says_why_and_waits_for_nobody() {
-    let world = World::new().await;
+async fn an_exec_that_cannot_start_says_why_and_waits_for_nobody(arm: Arm) {
+    let world = World::new(arm).await;
     let shim = world.created("c", &["sleep", "1000"]).await;
     shim.start_init("c").await;
     shim.add_exec("c", "x", &["true"]).await.expect("exec");
@@ -271,16 +280,17 @@ async fn an_exec_that_cannot_start_says_why_and_waits_for_nobody() {
         message.starts_with("OCI runtime exec failed: ") && message.contains("/nonesuch"),
         "{message}"
     );
-    assert_eq!(shim.exit_status("c", "y").await, 255);
+    // The stock shims do not keep it.
+    let status = if arm.is_kbp() { 255 } else { 0 };
+    assert_eq!(shim.exit_status("c", "y").await, status);
     shim.remove("c", "y").await.expect("delete");
     // It must not count as one that runs.
     shim.signal("c", "", KILL).await.expect("kill");
     assert_eq!(shim.exit_status("c", "").await, 128 + KILL);
 }
 
-#[tokio::test]
-async fn pause_and_resume() {
-    let world = World::new().await;
+async fn pause_and_resume(arm: Arm) {
+    let world = World::new(arm).await;
     let shim = world.created("c", &["sleep", "1000"]).await;
     let pause = api::PauseRequest {
         id: "c".to_owned(),
@@ -290,10 +300,7 @@ async fn pause_and_resume() {
         id: "c".to_owned(),
         ..Default::default()
     };
-    assert_eq!(
-        refused(shim.pause(&pause).await).0,
-        Code::FAILED_PRECONDITION
-    );
+    assert_wrong_state(arm, shim.pause(&pause).await);
     shim.start_init("c").await;
     shim.add_exec("c", "x", &["sleep", "1000"])
         .await
@@ -302,20 +309,11 @@ async fn pause_and_resume() {
     shim.pause(&pause).await.expect("pause");
     assert_eq!(shim.status("c", "").await, api::Status::PAUSED);
     assert_eq!(shim.status("c", "x").await, api::Status::PAUSED);
-    assert_eq!(
-        refused(shim.pause(&pause).await).0,
-        Code::FAILED_PRECONDITION
-    );
-    assert_eq!(
-        refused(shim.add_exec("c", "late", &["true"]).await).0,
-        Code::FAILED_PRECONDITION
-    );
+    assert_wrong_state(arm, shim.pause(&pause).await);
+    assert_wrong_state(arm, shim.add_exec("c", "late", &["true"]).await);
     shim.resume(&resume).await.expect("resume");
     assert_eq!(shim.status("c", "x").await, api::Status::RUNNING);
-    assert_eq!(
-        refused(shim.resume(&resume).await).0,
-        Code::FAILED_PRECONDITION
-    );
+    assert_wrong_state(arm, shim.resume(&resume).await);
     world.wait_for("/tasks/resumed").await;
     let topics = world.topics();
     assert_eq!(
@@ -324,9 +322,8 @@ async fn pause_and_resume() {
     );
 }
 
-#[tokio::test]
-async fn statistics_and_limits() {
-    let world = World::new().await;
+async fn statistics_and_limits(arm: Arm) {
+    let world = World::new(arm).await;
     let shim = world.created("c", &["sleep", "1000"]).await;
     shim.start_init("c").await;
     let update = |value: &str| api::UpdateTaskRequest {
@@ -375,14 +372,13 @@ async fn statistics_and_limits() {
     assert_eq!((limit, pids), (32 << 20, 17));
     let (_, message) = refused(shim.update(&update("{")).await);
     assert!(
-        message.starts_with("OCI runtime update failed"),
+        message.starts_with("OCI runtime update failed") || !arm.is_kbp(),
         "{message}"
     );
 }
 
-#[tokio::test]
-async fn memory_that_runs_out_is_told_before_the_end() {
-    let world = World::new().await;
+async fn memory_that_runs_out_is_told_before_the_end(arm: Arm) {
+    let world = World::new(arm).await;
     let hog = ["sh", "-c", "x=a; while true; do x=$x$x; done"];
     world.add_bundle_with("c", &hog, |spec| {
         spec["linux"]["resources"] = json!({ "memory": { "limit": 16 << 20, "swap": 16 << 20 } });
@@ -408,34 +404,36 @@ async fn memory_that_runs_out_is_told_before_the_end() {
     );
 }
 
-#[tokio::test]
-async fn what_cannot_be_done_is_refused_with_its_code() {
-    let world = World::new().await;
+async fn what_cannot_be_done_is_refused_with_its_code(arm: Arm) {
+    let world = World::new(arm).await;
     let shim = world.created("c", &["sleep", "1000"]).await;
     let (code, message) = refused(shim.create(&world.create_request("c")).await);
-    assert_eq!(
-        (code, message.as_str()),
-        (Code::ALREADY_EXISTS, "container c")
-    );
+    // A stock shim asks the runtime, which has no codes.
+    if arm.is_kbp() {
+        assert_eq!(
+            (code, message.as_str()),
+            (Code::ALREADY_EXISTS, "container c")
+        );
+    }
     let delete = api::DeleteRequest {
         id: "c".to_owned(),
         ..Default::default()
     };
     shim.start_init("c").await;
-    assert_eq!(
-        refused(shim.delete(&delete).await).0,
-        Code::FAILED_PRECONDITION
-    );
+    assert_wrong_state(arm, shim.delete(&delete).await);
     let (code, message) = refused(shim.signal("none", "", TERM).await);
-    assert_eq!(
-        (code, message.as_str()),
-        (Code::NOT_FOUND, "container not created")
-    );
+    assert_eq!(code, Code::NOT_FOUND);
+    assert!(message.starts_with("container not created"), "{message}");
     assert_eq!(
         refused(shim.signal("c", "none", TERM).await).0,
         Code::NOT_FOUND
     );
-    for bad in ["", "../c", ".hidden", "-x"] {
+    // containerd has looked at these before; a stock shim trusts it.
+    let bad: &[&str] = match arm.is_kbp() {
+        true => &["", "../c", ".hidden", "-x"],
+        false => &[],
+    };
+    for bad in bad {
         assert_eq!(
             refused(shim.add_exec("c", bad, &["true"]).await).0,
             Code::INVALID_ARGUMENT,
@@ -446,36 +444,28 @@ async fn what_cannot_be_done_is_refused_with_its_code() {
     shim.signal("c", "", KILL).await.expect("kill");
     shim.exit_status("c", "").await;
     let (code, message) = refused(shim.signal("c", "", TERM).await);
-    assert_eq!(
-        (code, message.as_str()),
-        (Code::NOT_FOUND, "process already finished")
-    );
+    assert_eq!(code, Code::NOT_FOUND);
+    assert!(message.starts_with("process already finished"), "{message}");
 }
 
-#[tokio::test]
-async fn both_versions_of_the_service_answer() {
-    let world = World::new().await;
+async fn both_versions_of_the_service_answer(arm: Arm) {
+    let world = World::new(arm).await;
     let shim = world.created("c", &["true"]).await;
     for version in ["v2", "v3"] {
         let state = api::StateRequest {
             id: "c".to_owned(),
             ..Default::default()
         };
-        let mut request = ttrpc::Request::new();
-        request.service = format!("containerd.task.{version}.Task");
-        request.method = "State".to_owned();
-        request.payload = state.write_to_bytes().expect("encode");
-        let answer = within(shim.client.request(request))
+        let state: api::StateResponse = shim
+            .call(&format!("containerd.task.{version}.Task"), "State", &state)
             .await
             .expect("an answer");
-        let state = api::StateResponse::parse_from_bytes(&answer.payload).expect("a StateResponse");
         assert_eq!(state.status(), api::Status::CREATED, "{version}");
     }
 }
 
-#[tokio::test]
-async fn a_caller_that_hangs_up_does_not_leave_half_a_container() {
-    let world = World::new().await;
+async fn a_caller_that_hangs_up_does_not_leave_half_a_container(arm: Arm) {
+    let world = World::new(arm).await;
     world.add_bundle("c", &["sleep", "1000"]);
     let Shim { address, .. } = world.start_shim("c").await;
     let hasty = world.connect(&address).await;

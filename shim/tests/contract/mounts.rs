@@ -4,14 +4,25 @@ use containerd_shim_protos::api;
 use containerd_shim_protos::ttrpc::Code;
 use serde_json::json;
 
-use crate::support::{World, refused};
+use crate::support::{Arm, World, arms, refused};
+
+arms!(
+    all: [
+        a_container_that_cannot_be_made_leaves_nothing,
+        the_root_file_system_is_mounted_from_creation_to_deletion,
+        layers_whose_names_fill_more_than_a_page_are_mounted,
+    ],
+    runtimes: [
+        a_user_namespace_s_root_file_system_shows_mapped_owners,
+    ],
+    kbp: []
+);
 
 const TERM: u32 = 15;
 const KILL: u32 = 9;
 
-#[tokio::test]
-async fn a_container_that_cannot_be_made_leaves_nothing() {
-    let world = World::new().await;
+async fn a_container_that_cannot_be_made_leaves_nothing(arm: Arm) {
+    let world = World::new(arm).await;
     world.add_bundle_with("c", &["true"], |spec| {
         spec["process"]["args"] = json!(["/nonesuch"])
     });
@@ -34,9 +45,8 @@ async fn a_container_that_cannot_be_made_leaves_nothing() {
     assert_eq!(world.topics(), [""; 0], "nothing was created");
 }
 
-#[tokio::test]
-async fn the_root_file_system_is_mounted_from_creation_to_deletion() {
-    let world = World::new().await;
+async fn the_root_file_system_is_mounted_from_creation_to_deletion(arm: Arm) {
+    let world = World::new(arm).await;
     let bundle = world.add_bundle_with("c", &["sleep", "1000"], |spec| {
         spec["root"]["path"] = json!("rootfs")
     });
@@ -64,9 +74,8 @@ async fn the_root_file_system_is_mounted_from_creation_to_deletion() {
     assert!(!bundle.join("rootfs/bin").exists());
 }
 
-#[tokio::test]
-async fn layers_whose_names_fill_more_than_a_page_are_mounted() {
-    let world = World::new().await;
+async fn layers_whose_names_fill_more_than_a_page_are_mounted(arm: Arm) {
+    let world = World::new(arm).await;
     let bundle = world.add_bundle_with("c", &["true"], |spec| {
         spec["root"]["path"] = json!("rootfs")
     });
@@ -102,11 +111,10 @@ async fn layers_whose_names_fill_more_than_a_page_are_mounted() {
 }
 
 /// What containerd 2 asks for with a user namespace: layers whose owners are mapped, not changed on disk.
-#[tokio::test]
-async fn a_user_namespace_s_root_file_system_shows_mapped_owners() {
+async fn a_user_namespace_s_root_file_system_shows_mapped_owners(arm: Arm) {
     use std::os::unix::fs::MetadataExt;
     const OUTSIDE: u32 = 200_000;
-    let world = World::new().await;
+    let world = World::new(arm).await;
     let bundle = world.add_bundle_with(
         "c",
         &["sh", "-c", "echo x >/new; exec sleep 1000"],

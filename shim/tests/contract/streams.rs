@@ -7,7 +7,26 @@ use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api;
 
-use crate::support::{Shim, World, exec_request, open_writer, read_fifo, refused, within};
+use crate::support::{
+    Arm, Shim, World, arms, exec_request, open_writer, read_fifo, refused, within,
+};
+
+arms!(
+    all: [
+        fifos_carry_everything_and_stdin_ends_when_it_is_closed,
+        an_exec_s_output_is_complete_however_fast_it_ends,
+        a_terminal_has_a_size_and_an_input,
+    ],
+    runtimes: [
+        a_stdin_that_is_closed_before_the_start_ends_too,
+        files_take_both_outputs_and_are_appended_to,
+        nobody_reads_and_nothing_hangs,
+        logging_binaries_get_the_output_and_time_to_write_it,
+    ],
+    kbp: [
+        pipes_belong_to_the_group_that_the_options_name,
+    ]
+);
 
 const SIZE: usize = 3_000_000;
 
@@ -28,14 +47,16 @@ async fn running(world: &World) -> Shim {
     shim
 }
 
-#[tokio::test]
-async fn fifos_carry_everything_and_stdin_ends_when_it_is_closed() {
-    let world = World::new().await;
+async fn fifos_carry_everything_and_stdin_ends_when_it_is_closed(arm: Arm) {
+    let world = World::new(arm).await;
     world.add_bundle("c", &["sh", "-c", "cat; echo over >&2"]);
     let shim = world.start_shim("c").await;
     let mut request = world.create_request("c");
     request.stdin = world.fifo("in");
-    request.stdout = format!("fifo://{}", world.fifo("out"));
+    request.stdout = world.fifo("out");
+    if arm.is_kbp() {
+        request.stdout.insert_str(0, "fifo://");
+    }
     request.stderr = world.fifo("err");
     let (out, err) = (
         read_fifo(world.path("out").to_str().expect("text")),
@@ -70,12 +91,14 @@ async fn fifos_carry_everything_and_stdin_ends_when_it_is_closed() {
 }
 
 /// A client that has sent all of its input closes it, and the process may not have been started by then.
-#[tokio::test]
-async fn a_stdin_that_is_closed_before_the_start_ends_too() {
-    let world = World::new().await;
+async fn a_stdin_that_is_closed_before_the_start_ends_too(arm: Arm) {
+    let world = World::new(arm).await;
     let shim = running(&world).await;
     let mut request = exec_request("c", "x", &["sh", "-c", "test \"$(cat)\" = input"]);
     request.stdin = world.fifo("in");
+    (request.stdout, request.stderr) = (world.fifo("out"), world.fifo("err"));
+    read_fifo(&request.stdout);
+    read_fifo(&request.stderr);
     let writer = fs::OpenOptions::new()
         .read(true)
         .write(true)
@@ -89,9 +112,8 @@ async fn a_stdin_that_is_closed_before_the_start_ends_too() {
     assert_eq!(shim.exit_status("c", "x").await, 0);
 }
 
-#[tokio::test]
-async fn an_exec_s_output_is_complete_however_fast_it_ends() {
-    let world = World::new().await;
+async fn an_exec_s_output_is_complete_however_fast_it_ends(arm: Arm) {
+    let world = World::new(arm).await;
     let shim = running(&world).await;
     for terminal in [false, true] {
         for round in 0..5 {
@@ -101,6 +123,10 @@ async fn an_exec_s_output_is_complete_however_fast_it_ends() {
             request.stdout = world.fifo(&id);
             request.terminal = terminal;
             let out = read_fifo(&request.stdout);
+            if !terminal {
+                request.stderr = world.fifo(&format!("{id}.err"));
+                read_fifo(&request.stderr);
+            }
             shim.exec(&request).await.expect("exec");
             shim.start_exec("c", &id).await.expect("start");
             assert_eq!(shim.exit_status("c", &id).await, 0);
@@ -117,9 +143,8 @@ async fn an_exec_s_output_is_complete_however_fast_it_ends() {
     }
 }
 
-#[tokio::test]
-async fn a_terminal_has_a_size_and_an_input() {
-    let world = World::new().await;
+async fn a_terminal_has_a_size_and_an_input(arm: Arm) {
+    let world = World::new(arm).await;
     let shim = running(&world).await;
     let script =
         "read line; stty size; echo \"got $line\"; [ -t 0 ] && [ -t 1 ] && [ -t 2 ] && exit 6";
@@ -147,9 +172,8 @@ async fn a_terminal_has_a_size_and_an_input() {
     shim.remove("c", "x").await.expect("delete");
 }
 
-#[tokio::test]
-async fn nobody_reads_and_nothing_hangs() {
-    let world = World::new().await;
+async fn nobody_reads_and_nothing_hangs(arm: Arm) {
+    let world = World::new(arm).await;
     let shim = running(&world).await;
     // Less than a fifo holds: the process is not held up.
     let mut request = exec_request("c", "little", &["echo", "hello"]);
@@ -184,9 +208,8 @@ async fn nobody_reads_and_nothing_hangs() {
     );
 }
 
-#[tokio::test]
-async fn files_take_both_outputs_and_are_appended_to() {
-    let world = World::new().await;
+async fn files_take_both_outputs_and_are_appended_to(arm: Arm) {
+    let world = World::new(arm).await;
     let shim = running(&world).await;
     let log = world.path("logs/deep/a b.log");
     let uri = format!("file://{}", log.display().to_string().replace(' ', "%20"));
@@ -210,9 +233,8 @@ async fn files_take_both_outputs_and_are_appended_to() {
     assert!(message.contains("syslog"), "{message}");
 }
 
-#[tokio::test]
-async fn logging_binaries_get_the_output_and_time_to_write_it() {
-    let world = World::new().await;
+async fn logging_binaries_get_the_output_and_time_to_write_it(arm: Arm) {
+    let world = World::new(arm).await;
     let shim = running(&world).await;
     let logger = world.path("logger");
     let log = world.path("log");
@@ -253,9 +275,8 @@ async fn logging_binaries_get_the_output_and_time_to_write_it() {
     assert!(message.contains("/nonexistent"), "{message}");
 }
 
-#[tokio::test]
-async fn pipes_belong_to_the_group_that_the_options_name() {
-    let mut world = World::new().await;
+async fn pipes_belong_to_the_group_that_the_options_name(arm: Arm) {
+    let mut world = World::new(arm).await;
     (world.options.io_uid, world.options.io_gid) = (1234, 2345);
     world.add_bundle("c", &["sleep", "1000"]);
     let shim = world.start_shim("c").await;

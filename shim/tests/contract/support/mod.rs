@@ -5,15 +5,16 @@
 
 #![allow(dead_code, reason = "no test uses all of it")]
 
+mod arm;
 mod shim;
 
 use std::collections::HashMap;
 use std::fs;
 use std::future::Future;
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -25,13 +26,13 @@ use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::well_known_types::empty::Empty;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 use containerd_shim_protos::shim::oci::Options;
-use containerd_shim_protos::shim_async::{Client, Events, TaskClient, create_events};
+use containerd_shim_protos::shim_async::{Client, Events, create_events};
 use containerd_shim_protos::ttrpc::r#async::{Server, TtrpcContext};
-use containerd_shim_protos::ttrpc::context::Context;
 use containerd_shim_protos::ttrpc::{self, Code};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
+pub(crate) use self::arm::{Arm, arms, run};
 pub(crate) use self::shim::{Shim, exec_request};
 
 pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_containerd-shim-kbp-v1");
@@ -63,6 +64,8 @@ pub(crate) struct World {
     _events_server: Server,
     servers: Mutex<Vec<u32>>,
     bundles: Mutex<Vec<String>>,
+    log_readers: Mutex<Vec<fs::File>>,
+    pub(crate) arm: Arm,
     pub(crate) options: Options,
 }
 
@@ -97,7 +100,7 @@ impl Events for EventSink {
 }
 
 impl World {
-    pub(crate) async fn new() -> Self {
+    pub(crate) async fn new(arm: Arm) -> Self {
         let dir = tempfile::Builder::new()
             .prefix("kbp-shim-")
             .tempdir_in("/tmp")
@@ -125,11 +128,16 @@ impl World {
             .expect("listen for events")
             .register_service(create_events(Arc::new(EventSink(sender))));
         server.start().await.expect("serve events");
-        let options = Options {
+        let mut options = Options {
             root: root.join("runc").display().to_string(),
             ..Default::default()
         };
+        if arm == Arm::KbpWithCrun {
+            options.binary_name = add_crun(root).display().to_string();
+        }
         Self {
+            arm,
+            log_readers: Mutex::default(),
             events,
             _events_server: server,
             servers: Mutex::default(),
@@ -176,6 +184,14 @@ impl World {
         fs::create_dir_all(&bundle).expect("make the bundle");
         nix::unistd::mkfifo(&bundle.join("log"), nix::sys::stat::Mode::S_IRWXU)
             .expect("make the log fifo");
+        // containerd reads it from the start on: without a reader a stock shim waits before its first line.
+        let reader = fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(nix::fcntl::OFlag::O_NONBLOCK.bits())
+            .open(bundle.join("log"))
+            .expect("open the log fifo");
+        self.log_readers.lock().expect("not poisoned").push(reader);
         let mut spec = json!({
             "ociVersion": "1.0.2",
             "process": process(args),
@@ -202,7 +218,7 @@ impl World {
 
     /// The shim's binary in a bundle, with the environment that containerd gives it.
     pub(crate) fn binary(&self, id: &str, arguments: &[&str]) -> Command {
-        let mut command = Command::new(BINARY);
+        let mut command = Command::new(self.arm.shim());
         command.args([
             "-namespace",
             NAMESPACE,
@@ -216,7 +232,11 @@ impl World {
         command
             .env("TTRPC_ADDRESS", self.path("events.sock"))
             .env("KBP_CONFIG", self.path("kbp.toml"));
-        command.env_remove("MAX_SHIM_VERSION").process_group(0);
+        match self.arm {
+            Arm::Stock2 => command.env("MAX_SHIM_VERSION", "3"),
+            _ => command.env_remove("MAX_SHIM_VERSION"),
+        };
+        command.process_group(0);
         command
     }
 
@@ -248,9 +268,17 @@ impl World {
         params.write_to_bytes().expect("encode")
     }
 
-    /// `start` as containerd 2.3 calls it, and a connection to the server.
+    /// What `start` reads: kbp's as of containerd 2.3, which tells where sockets go; the options for the older shims.
+    pub(crate) fn start_input(&self, id: &str) -> Vec<u8> {
+        match self.arm.is_kbp() {
+            true => self.bootstrap_params(id),
+            false => self.any_options().write_to_bytes().expect("encode"),
+        }
+    }
+
+    /// `start` as containerd calls it, and a connection to the server.
     pub(crate) async fn start_shim(&self, id: &str) -> Shim {
-        let output = self.run(self.binary(id, &["start"]), &self.bootstrap_params(id));
+        let output = self.run(self.binary(id, &["start"]), &self.start_input(id));
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(
             output.status.success() && stderr.is_empty(),
@@ -262,27 +290,34 @@ impl World {
 
     /// Connects to the server that a `start` has left.
     pub(crate) async fn connect_to(&self, started: &Output) -> Shim {
-        let result = BootstrapResult::parse_from_bytes(&started.stdout).expect("a BootstrapResult");
-        assert_eq!((result.version, result.protocol.as_str()), (3, "ttrpc"));
-        self.connect(&result.address).await
+        let answer = &started.stdout;
+        let address = match self.arm {
+            Arm::Stock1 => String::from_utf8(answer.clone()).expect("an address"),
+            Arm::Stock2 => {
+                let answer: Value = serde_json::from_slice(answer).expect("JSON");
+                answer["address"].as_str().expect("an address").to_owned()
+            }
+            Arm::Kbp | Arm::KbpWithCrun => {
+                let result = BootstrapResult::parse_from_bytes(answer).expect("a BootstrapResult");
+                assert_eq!((result.version, result.protocol.as_str()), (3, "ttrpc"));
+                result.address
+            }
+        };
+        self.connect(&address).await
     }
 
     pub(crate) async fn connect(&self, address: &str) -> Shim {
         let client = Client::connect(address).await.expect("connect to the shim");
-        let task = TaskClient::new(client.clone());
-        let answer = within(task.connect(Context::default(), &api::ConnectRequest::new()))
-            .await
-            .expect("connect");
-        self.servers
-            .lock()
-            .expect("not poisoned")
-            .push(answer.shim_pid);
-        Shim {
+        let mut shim = Shim {
             client,
-            task,
-            pid: answer.shim_pid,
+            service: self.arm.service(),
+            pid: 0,
             address: address.to_owned(),
-        }
+        };
+        let answer = shim.connect(&api::ConnectRequest::new()).await;
+        shim.pid = answer.expect("connect").shim_pid;
+        self.servers.lock().expect("not poisoned").push(shim.pid);
+        shim
     }
 
     /// A shim with a container in it that is created, not started.
@@ -350,7 +385,7 @@ impl Drop for World {
     fn drop(&mut self) {
         for pid in self.servers.lock().expect("not poisoned").drain(..) {
             let name = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            if name.starts_with(BINARY) {
+            if Path::new(name.split('\0').next().unwrap_or_default()) == self.arm.shim() {
                 let _ = kbp_kernel::process::kill(pid, 9);
             }
         }
@@ -362,6 +397,23 @@ impl Drop for World {
             }
         }
     }
+}
+
+/// A program that is crun. It refuses a machine whose cgroups are v1 but some of whose controllers are on v2's side of the hybrid
+/// layout; without that side, in a mount namespace of its own, they are plain v1.
+fn add_crun(root: &Path) -> PathBuf {
+    let unified = "/sys/fs/cgroup/unified";
+    let controllers = fs::read_to_string(format!("{unified}/cgroup.controllers"));
+    if controllers.unwrap_or_default().trim().is_empty() {
+        return "crun".into();
+    }
+    let path = root.join("oci");
+    let script = format!(
+        "#!/bin/sh\nexec unshare --mount sh -c 'umount {unified} && exec crun \"$@\"' crun \"$@\"\n"
+    );
+    fs::write(&path, script).expect("write");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("make it executable");
+    path
 }
 
 /// The OCI `process` of a command of busybox.

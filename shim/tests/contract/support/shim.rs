@@ -3,53 +3,68 @@
 use std::path::Path;
 
 use containerd_shim_protos::api;
-use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::well_known_types::empty::Empty;
-use containerd_shim_protos::shim_async::{Client, TaskClient};
+use containerd_shim_protos::protobuf::{Message, MessageField};
+use containerd_shim_protos::shim_async::Client;
 use containerd_shim_protos::ttrpc;
-use containerd_shim_protos::ttrpc::context::Context;
 
 use super::{process, until, within};
 
 /// A connection to a server.
 pub(crate) struct Shim {
     pub(crate) client: Client,
-    pub(crate) task: TaskClient,
+    pub(crate) service: &'static str,
     pub(crate) pid: u32,
     pub(crate) address: String,
 }
 
 macro_rules! calls {
-    ($($method:ident($request:ty) -> $answer:ty;)*) => {
+    ($($method:ident($name:literal, $request:ty) -> $answer:ty;)*) => {
         impl Shim {
             $(pub(crate) async fn $method(&self, request: &$request) -> ttrpc::Result<$answer> {
-                within(self.task.$method(Context::default(), request)).await
+                self.call(self.service, $name, request).await
             })*
         }
     };
 }
 
 calls! {
-    create(api::CreateTaskRequest) -> api::CreateTaskResponse;
-    start(api::StartRequest) -> api::StartResponse;
-    state(api::StateRequest) -> api::StateResponse;
-    delete(api::DeleteRequest) -> api::DeleteResponse;
-    kill(api::KillRequest) -> Empty;
-    exec(api::ExecProcessRequest) -> Empty;
-    wait(api::WaitRequest) -> api::WaitResponse;
-    pids(api::PidsRequest) -> api::PidsResponse;
-    stats(api::StatsRequest) -> api::StatsResponse;
-    pause(api::PauseRequest) -> Empty;
-    resume(api::ResumeRequest) -> Empty;
-    update(api::UpdateTaskRequest) -> Empty;
-    checkpoint(api::CheckpointTaskRequest) -> Empty;
-    resize_pty(api::ResizePtyRequest) -> Empty;
-    close_io(api::CloseIORequest) -> Empty;
-    shutdown(api::ShutdownRequest) -> Empty;
+    connect("Connect", api::ConnectRequest) -> api::ConnectResponse;
+    create("Create", api::CreateTaskRequest) -> api::CreateTaskResponse;
+    start("Start", api::StartRequest) -> api::StartResponse;
+    state("State", api::StateRequest) -> api::StateResponse;
+    delete("Delete", api::DeleteRequest) -> api::DeleteResponse;
+    kill("Kill", api::KillRequest) -> Empty;
+    exec("Exec", api::ExecProcessRequest) -> Empty;
+    wait("Wait", api::WaitRequest) -> api::WaitResponse;
+    pids("Pids", api::PidsRequest) -> api::PidsResponse;
+    stats("Stats", api::StatsRequest) -> api::StatsResponse;
+    pause("Pause", api::PauseRequest) -> Empty;
+    resume("Resume", api::ResumeRequest) -> Empty;
+    update("Update", api::UpdateTaskRequest) -> Empty;
+    checkpoint("Checkpoint", api::CheckpointTaskRequest) -> Empty;
+    resize_pty("ResizePty", api::ResizePtyRequest) -> Empty;
+    close_io("CloseIO", api::CloseIORequest) -> Empty;
+    shutdown("Shutdown", api::ShutdownRequest) -> Empty;
 }
 
 impl Shim {
+    /// A call of either version of the service, which differ in nothing but the name.
+    pub(crate) async fn call<T: Message>(
+        &self,
+        service: &str,
+        method: &str,
+        message: &impl Message,
+    ) -> ttrpc::Result<T> {
+        let mut request = ttrpc::Request::new();
+        request.service = service.to_owned();
+        request.method = method.to_owned();
+        request.payload = message.write_to_bytes().expect("encode");
+        let answer = within(self.client.request(request)).await?;
+        Ok(T::parse_from_bytes(&answer.payload).expect("an answer"))
+    }
+
     pub(crate) async fn start_init(&self, id: &str) -> u32 {
         let request = api::StartRequest {
             id: id.to_owned(),

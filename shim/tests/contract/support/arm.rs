@@ -1,0 +1,99 @@
+//! What a test is put to: kbp's shim with each OCI runtime, and containerd's own shims, which prove the test.
+
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::{Path, PathBuf};
+
+use super::BINARY;
+
+/// A shim and the OCI runtime behind it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Arm {
+    /// kbp's shim with runc.
+    Kbp,
+    /// kbp's shim with crun.
+    KbpWithCrun,
+    /// The machine's own shim, of containerd 1.6, with runc: it speaks version 2 of the Task service.
+    Stock1,
+    /// That of containerd 2, with runc: it speaks version 3.
+    Stock2,
+}
+
+impl Arm {
+    pub(crate) fn is_kbp(self) -> bool {
+        matches!(self, Self::Kbp | Self::KbpWithCrun)
+    }
+
+    /// The OCI runtime's program.
+    pub(crate) fn oci(self) -> &'static str {
+        match self {
+            Self::KbpWithCrun => "crun",
+            _ => "runc",
+        }
+    }
+
+    /// The version of the Task service.
+    pub(crate) fn service(self) -> &'static str {
+        match self {
+            Self::Stock1 => "containerd.task.v2.Task",
+            _ => "containerd.task.v3.Task",
+        }
+    }
+
+    /// The shim's program.
+    pub(crate) fn shim(self) -> PathBuf {
+        let (path, remedy) = match self {
+            Self::Kbp | Self::KbpWithCrun => return BINARY.into(),
+            Self::Stock1 => (
+                "/usr/bin/containerd-shim-runc-v2".into(),
+                "apt-get install containerd",
+            ),
+            Self::Stock2 => (
+                target().join("containerd-forky/bin/containerd-shim-runc-v2"),
+                "run tests/scripts/fetch-containerd forky",
+            ),
+        };
+        assert!(path.is_file(), "{} is missing: {remedy}", path.display());
+        path
+    }
+}
+
+/// cargo's target directory.
+fn target() -> PathBuf {
+    let this = std::env::current_exe().expect("this program");
+    let mut above = this.ancestors();
+    above
+        .find(|directory| directory.join("CACHEDIR.TAG").is_file())
+        .unwrap_or(Path::new("target"))
+        .to_path_buf()
+}
+
+/// Runs a test. One that fails does not wait for its readers of fifos that nobody will open.
+pub(crate) fn run(test: impl Future<Output = ()>) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    let done = catch_unwind(AssertUnwindSafe(|| runtime.block_on(test)));
+    runtime.shutdown_background();
+    if let Err(panic) = done {
+        resume_unwind(panic);
+    }
+}
+
+/// Makes tests of functions (`async fn(Arm)`), in a module for each arm: of what every shim has to do, of what concerns kbp's with
+/// either OCI runtime, and of what is kbp's with one of them.
+macro_rules! arms {
+    (all: [$($all:ident),* $(,)?], runtimes: [$($each:ident),* $(,)?], kbp: [$($kbp:ident),* $(,)?]) => {
+        arms!(@arm kbp Kbp [$($all,)* $($each,)* $($kbp,)*]);
+        arms!(@arm kbp_with_crun KbpWithCrun [$($all,)* $($each,)*]);
+        arms!(@arm stock_1 Stock1 [$($all,)*]);
+        arms!(@arm stock_2 Stock2 [$($all,)*]);
+    };
+    (@arm $module:ident $arm:ident []) => {};
+    (@arm $module:ident $arm:ident [$($function:ident,)*]) => {
+        mod $module {
+            $(#[test] fn $function() { crate::support::run(super::$function(crate::support::Arm::$arm)) })*
+        }
+    };
+}
+pub(crate) use arms;
