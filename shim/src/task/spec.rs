@@ -46,10 +46,13 @@ impl Spec {
     /// Reads `config.json` of a bundle.
     pub fn read(bundle: &Path) -> Result<Self> {
         let path = bundle.join("config.json");
-        let text = fs::read(&path).map_err(Error::io(format!("read {}", path.display())))?;
+        let text = fs::read(&path).map_err(Error::io(format!(
+            "read {} (the shim is to be started in a container's bundle)",
+            path.display()
+        )))?;
         serde_json::from_slice(&text).map_err(|error| Error::Malformed {
             path,
-            detail: error.to_string(),
+            detail: format!("{error}: an OCI runtime spec in JSON is expected"),
         })
     }
 
