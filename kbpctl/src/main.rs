@@ -38,9 +38,12 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Lists the attached pods: veths, NAPI ids, workers, windows, and what is not active and why.
+    ///
+    /// PARKED% is the share of half a second in which the worker did not run; POLLED the packets that the pod's sockets have taken by
+    /// polling, SOCKETS and EPOLLS what was given a window, all since the pod started. `-`: there is none, or it cannot be told.
     #[command(display_order = 3)]
     Status {
-        /// Prints JSON: `{"pods": [...], "stale": [...]}`; with --watch one object a line, with rates.
+        /// Prints JSON: `{"pods": [...], "uplinks": [...], "stale": [...]}`; with --watch one object a line.
         #[arg(long)]
         json: bool,
         /// Live, like top: q ends, n p b c s m sort, r reverses, d shows the reasons of the pod that the arrows choose.

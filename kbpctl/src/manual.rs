@@ -15,7 +15,8 @@ pub(crate) fn completions(command: Command, shell: Shell) -> String {
 
 /// Writes `kbpctl.1` and a page for each subcommand, and returns their names.
 pub(crate) fn write(command: Command, dir: &Path) -> Result<String> {
-    std::fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+    std::fs::create_dir_all(dir)
+        .with_context(|| format!("create {} (man writes into a directory)", dir.display()))?;
     clap_mangen::generate_to(without_hidden(command), dir)
         .with_context(|| format!("write man pages into {}", dir.display()))?;
     let mut names: Vec<String> = std::fs::read_dir(dir)

@@ -241,6 +241,9 @@ fn status_lists_the_pods_that_live_and_names_the_files_that_do_not() {
     let missing = missing.to_str().expect("path");
     let output = run(&mut kbpctl(&["status", "--state-dir", missing]));
     assert!(text(&output.stdout).contains("which is not there"));
+    let output = run(&mut kbpctl(&["status", "--state-dir", "/dev/null"]));
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("/dev/null is no directory: --state-dir"));
 
     let mut pod = PodState {
         id: "alive".to_owned(),

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use kbp_tests::binaries::{kbp_binary, program, reference_cni_dir};
 use kbp_tests::command::{self, Output, Running, running};
-use kbp_tests::{Containerd, Generation, Leftovers, Sandbox, Terminal, wait_until};
+use kbp_tests::{
+    Containerd, Generation, Leftovers, Sandbox, Terminal, browser, not_tested, wait_until,
+};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -161,6 +163,10 @@ fn round_trips_of_every_kind_of_arm_with_every_file() {
     assert_eq!(arm(&bench, "kbp")["inactive"], serde_json::json!([]));
     let html = std::fs::read_to_string(out.join("report.html")).expect("report.html");
     assert!(html.contains("<polyline") && html.contains("spin-floor"));
+    // On a busy machine an arm may have too few samples for a curve.
+    let enough = |name: &&str| number(&arm(&bench, name)["rounds"][0]["samples"]) >= 100.0;
+    let curves = 2 * arms.split(',').filter(enough).count();
+    opens_in_a_browser(&out.join("report.html"), curves);
     let png = std::fs::read(out.join("latency.png")).expect("latency.png");
     assert!(png.starts_with(b"\x89PNG"));
     assert!(out.join("latency.svg").is_file());
@@ -177,6 +183,35 @@ fn round_trips_of_every_kind_of_arm_with_every_file() {
         "{compared}"
     );
     node.is_clean();
+}
+
+/// A desktop in daylight, and a phone in the dark: no word on the console, curves are seen, nothing is wider than the screen.
+fn opens_in_a_browser(report: &Path, curves: usize) {
+    let Some(chromium) = browser::browser() else {
+        return not_tested("the report of kbpctl bench in a browser: apt-get install chromium");
+    };
+    for (width, dark) in [(1200, false), (390, true)] {
+        let seen = browser::look(&chromium, report, width, dark, None).expect("a browser");
+        assert_eq!(seen.console, Vec::<String>::new());
+        assert_eq!(seen.title, "kbpctl bench rtt");
+        assert_eq!((seen.width, seen.dark), (width, dark));
+        assert!(seen.needed <= width, "{seen:?}");
+        // A percentile curve and a distribution of each arm.
+        assert!(curves >= 2 && seen.visible >= curves, "{curves}: {seen:?}");
+        let drawn = |colour: &String| colour.starts_with("rgb(") && *colour != seen.paper;
+        assert!(seen.strokes.iter().all(drawn), "{seen:?}");
+        let distance = brightness(&seen.ink) - brightness(&seen.paper);
+        assert_eq!(distance > 0, dark, "{seen:?}");
+        assert!(distance.abs() > 150, "{seen:?}");
+    }
+}
+
+/// Of `rgb(r, g, b)`, 0 to 255.
+fn brightness(colour: &str) -> i32 {
+    let inner = colour.trim_start_matches("rgb(").trim_end_matches(')');
+    let parts = inner.split(", ").map(|n| n.parse::<i32>());
+    let parts: Vec<i32> = parts.map(|n| n.expect("a number")).collect();
+    parts.iter().sum::<i32>() / 3
 }
 
 /// Whether the two agree is for a quiet machine to say; here both are asked in the same containers.
@@ -365,6 +400,11 @@ fn what_is_missing_is_told_before_anything_is_made() {
             "containerd does not answer on /run/nobody.sock",
         ),
         (&["rtt", "--arms", "stock,stock"], "named twice"),
+        (&["rtt", "--rate", "0.5"], "no request is due in 0.3 s"),
+        (
+            &["rtt", "--ctr", "/nonexistent"],
+            "name one by --ctr, such as --ctr /usr/bin/ctr",
+        ),
         (&["rtt", "--arms", "kpb"], "no arm \"kpb\""),
         (&["rtt", "--cpus", "0,999"], "CPU 999 is not online"),
         (&["app", "redis", "--arms", "loopback"], "goes with rtt"),

@@ -61,6 +61,9 @@ fn json_counts_packets_sockets_and_what_was_polled() {
                 (now > polled).then_some(()).ok_or(format!("{now}"))
             })
             .expect("the sockets poll");
+            let parked = status(lab)["pods"][0]["rates"]["worker_cpu"].clone();
+            let share = parked.as_f64().expect("the worker was read twice");
+            assert!((0.0..=1.0).contains(&share), "{share}");
             // Counted up about once a second.
             wait_until("a socket with a window", LIMIT, || {
                 let sockets = status(lab)["pods"][0]["sockets"]["sockets_set"].clone();

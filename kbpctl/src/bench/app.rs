@@ -37,6 +37,15 @@ impl App {
         }
     }
 
+    /// Debian's package of it.
+    pub(crate) fn package(self) -> &'static str {
+        match self {
+            Self::Redis => "redis-server",
+            Self::Memcached => "memcached",
+            Self::Nginx => "nginx-light",
+        }
+    }
+
     pub(crate) fn talk(self) -> Talk {
         match self {
             Self::Redis => Talk::Redis,

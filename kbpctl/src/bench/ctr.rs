@@ -54,11 +54,16 @@ impl Ctr {
 
     /// Version of the server.
     pub(crate) fn version(&self) -> Result<String> {
-        let said = self.good(&["version"]).with_context(|| {
-            format!(
-                "containerd does not answer on {}: start it, or name its socket by --address (k3s: /run/k3s/containerd/containerd.sock)",
-                self.address.display()
-            )
+        let said = self.good(&["version"]).map_err(|error| {
+            let missing = |e: &std::io::Error| e.kind() == std::io::ErrorKind::NotFound;
+            let told = match error.chain().filter_map(|e| e.downcast_ref()).any(missing) {
+                true => "no client of containerd: name one by --ctr, such as --ctr /usr/bin/ctr".to_owned(),
+                false => format!(
+                    "containerd does not answer on {}: start it, or name its socket by --address (k3s: /run/k3s/containerd/containerd.sock)",
+                    self.address.display()
+                ),
+            };
+            error.context(told)
         })?;
         let server = said.split("Server:").nth(1).unwrap_or_default();
         let version = server

@@ -21,9 +21,9 @@ figure { margin: 0; min-width: 0; } svg { display: block; width: 100%; height: a
 .grid { stroke: var(--grid); } .curve { fill: none; stroke-width: 2.5; stroke-linejoin: round; }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; list-style: none; }
 .legend i { display: inline-block; width: .9em; height: .9em; margin-right: .4em; vertical-align: -.08em; border-radius: 2px; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--grid); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+.scroll { overflow-x: auto; } table { font-size: .85rem; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .4rem; border-bottom: 1px solid var(--grid); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; } dt { color: var(--faint); } dd { margin: 0; min-width: 0; }
 .warn { color: var(--warn); font-weight: 600; }
 ";

@@ -155,7 +155,7 @@ pub(crate) struct Common {
 fn positive(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(number) if number.is_finite() && number > 0.0 && number <= 1e8 => Ok(number),
-        _ => Err("a number above 0".to_owned()),
+        _ => Err("a number above 0, at most 100000000".to_owned()),
     }
 }
 
@@ -224,7 +224,12 @@ fn find_app(named: Option<App>) -> Result<App> {
     let there = |app: &App| crate::doctor::program::find(app.program(), &dirs).is_some();
     match named {
         Some(app) if there(&app) => Ok(app),
-        Some(app) => bail!("{} is not installed (no {} in PATH)", app.name(), app.program()),
+        Some(app) => bail!(
+            "{} is not installed: no {} in PATH (Debian: apt-get install {})",
+            app.name(),
+            app.program(),
+            app.package()
+        ),
         None => App::ALL.into_iter().find(there).context(
             "none of redis-server, memcached and nginx is installed: install one, or measure with kbpctl bench rtt",
         ),
@@ -270,7 +275,8 @@ fn measure(workload: &str, common: &Common, job: &Job) -> Result<String> {
         }
     }
     if let Some(out) = &common.out {
-        std::fs::create_dir_all(out).with_context(|| format!("create {}", out.display()))?;
+        std::fs::create_dir_all(out)
+            .with_context(|| format!("create {} (--out names a directory)", out.display()))?;
     }
     let mut ctr = Ctr {
         program: common.ctr.clone(),
@@ -367,6 +373,14 @@ fn measure(workload: &str, common: &Common, job: &Job) -> Result<String> {
 fn refuse_what_cannot_be(common: &Common, job: &Job) -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
         bail!("bench makes containers and network namespaces: run it as root");
+    }
+    if let Some(rate) = job.rate
+        && rate * job.seconds < 1.0
+    {
+        bail!(
+            "no request is due in {} s at {rate} a second: a higher --rate or more --seconds",
+            job.seconds
+        );
     }
     let mut names = std::collections::BTreeSet::new();
     for arm in &common.arms {

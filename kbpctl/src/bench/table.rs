@@ -124,8 +124,13 @@ fn format_number(value: Option<f64>, decimals: usize) -> String {
 pub(crate) fn notes(bench: &Bench) -> Vec<String> {
     let asked = &bench.asked;
     let mut notes = vec![format!(
-        "{} rounds of {} s after {} s of warm-up, arms in alternating order, a fresh pair of containers each; times in µs over all rounds together; CPU is that of the whole machine, pollers included.",
-        asked.rounds, asked.seconds, asked.warm_up
+        "{} of {} s after {} s of warm-up, arms in alternating order, a fresh pair of containers each; times in µs over all rounds together; CPU is that of the whole machine, pollers included.",
+        match asked.rounds {
+            1 => "1 round".to_owned(),
+            rounds => format!("{rounds} rounds"),
+        },
+        asked.seconds,
+        asked.warm_up
     )];
     notes.extend(bench.machine.warning().map(|w| format!("! {w}")));
     let (client, server) = (bench.machine.client_cpu, bench.machine.server_cpu);

@@ -6,7 +6,7 @@ mod watch;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use kbp_poller::config::Config;
 use kbp_poller::policy::WorkerPolicy;
 use kbp_poller::state::{self, PodState, Stale, WorkerState};
@@ -14,7 +14,10 @@ use kbp_poller::uplink::{self, UplinkState};
 use serde::Serialize;
 
 use crate::text;
-use sample::{Counters, Rates, Sampler};
+use sample::{Counters, Previous, Rates, Sampler};
+
+/// Between the two readings that tell how much of the time a worker is parked: some of its leases, and no wait that is noticed.
+const APART: Duration = Duration::from_millis(500);
 
 #[derive(Debug)]
 struct Status {
@@ -29,7 +32,7 @@ struct WrittenPod<'a> {
     #[serde(flatten)]
     state: &'a PodState,
     counters: Counters,
-    /// With `--watch` only: it takes two readings.
+    /// None where one reading was all: no pod has a worker, and nobody watches.
     #[serde(skip_serializing_if = "Option::is_none")]
     rates: Option<Rates>,
 }
@@ -68,6 +71,12 @@ impl Status {
                 stale: state::stale(dir)?,
             })
         };
+        if dir.exists() && !dir.is_dir() {
+            bail!(
+                "{} is no directory: --state-dir names the `state-dir` of the config file",
+                dir.display()
+            );
+        }
         if nix::unistd::geteuid().is_root() {
             return read();
         }
@@ -95,15 +104,40 @@ pub(crate) fn run(state_dir: Option<&Path>, options: Options) -> Result<String> 
         return Ok(String::new());
     }
     let status = Status::read(&dir)?;
-    let counters = Sampler::default().read(&status.pods);
+    let (counters, rates) = readings(&status.pods);
     if options.json {
-        let written = Written::of(&status, &counters, None);
+        let written = Written::of(&status, &counters, rates.as_deref());
         return Ok(serde_json::to_string_pretty(&written)? + "\n");
     }
-    Ok(render(&status, &counters, &dir, options.verbose))
+    let seen = Seen {
+        counters: &counters,
+        rates: rates.as_deref().unwrap_or_default(),
+    };
+    Ok(render(&status, seen, &dir, options.verbose))
 }
 
-fn render(status: &Status, counters: &[Counters], dir: &Path, verbose: bool) -> String {
+/// The counters, and the rates where a worker's thread can be looked at twice.
+fn readings(pods: &[PodState]) -> (Vec<Counters>, Option<Vec<Rates>>) {
+    let (mut sampler, mut previous) = (Sampler::default(), Previous::default());
+    let counters = sampler.read(pods);
+    previous.rates(pods, &counters);
+    if counters.iter().all(|c| c.worker_cpu_ns.is_none()) {
+        return (counters, None);
+    }
+    std::thread::sleep(APART);
+    let counters = sampler.read(pods);
+    let rates = previous.rates(pods, &counters);
+    (counters, Some(rates))
+}
+
+/// What was read beside the state files, in the order of the pods.
+#[derive(Debug, Clone, Copy, Default)]
+struct Seen<'a> {
+    counters: &'a [Counters],
+    rates: &'a [Rates],
+}
+
+fn render(status: &Status, seen: Seen<'_>, dir: &Path, verbose: bool) -> String {
     let mut out = String::new();
     if status.pods.is_empty() {
         let missing = match dir.exists() {
@@ -115,12 +149,19 @@ fn render(status: &Status, counters: &[Counters], dir: &Path, verbose: bool) -> 
             dir.display()
         );
     } else {
-        let header = ["POD", "VETH", "NAPI", "WORKER", "CPU", "WINDOW", "MISSING"];
+        let header = [
+            "POD", "VETH", "NAPI", "WORKER", "CPU", "PARKED%", "POLLED", "SOCKETS", "EPOLLS",
+            "WINDOW", "MISSING",
+        ];
         let mut rows = vec![header.map(str::to_owned).to_vec()];
-        rows.extend(status.pods.iter().flat_map(rows_of));
+        for (n, pod) in status.pods.iter().enumerate() {
+            let counters = seen.counters.get(n).copied().unwrap_or_default();
+            let rates = seen.rates.get(n).copied().unwrap_or_default();
+            rows.extend(rows_of(pod, &counters, &rates));
+        }
         out += &text::table(&rows);
     }
-    for (pod, counters) in status.pods.iter().zip(counters) {
+    for (pod, counters) in status.pods.iter().zip(seen.counters) {
         let mut lines = Vec::new();
         for missing in &pod.degraded {
             lines.push(format!("missing {}: {}", missing.part, missing.reason));
@@ -159,7 +200,7 @@ fn render(status: &Status, counters: &[Counters], dir: &Path, verbose: bool) -> 
 }
 
 /// One row an interface; what is about the whole pod stands in the first.
-fn rows_of(pod: &PodState) -> Vec<Vec<String>> {
+fn rows_of(pod: &PodState, counters: &Counters, rates: &Rates) -> Vec<Vec<String>> {
     let none = || "-".to_owned();
     let ends = veths(pod).into_iter().zip(napis(pod));
     let mut rows: Vec<Vec<String>> = ends
@@ -171,8 +212,25 @@ fn rows_of(pod: &PodState) -> Vec<Vec<String>> {
     let (worker, cpu) = worker(pod.worker.as_ref());
     let first = &mut rows[0];
     first[0] = short(pod);
-    first.extend([worker, cpu, window(pod), parts(pod)]);
+    let polled = counters
+        .polled_by_sockets
+        .map_or_else(none, |n| n.to_string());
+    first.extend([
+        worker,
+        cpu,
+        percent(rates.parked()),
+        polled,
+        pod.sockets.sockets_set.to_string(),
+        pod.sockets.epolls_given.to_string(),
+        window(pod),
+        parts(pod),
+    ]);
     rows
+}
+
+/// A share of 0 to 1.
+fn percent(share: Option<f64>) -> String {
+    share.map_or_else(|| "-".to_owned(), |share| format!("{:.0}", 100.0 * share))
 }
 
 /// `host end > pod end` of each interface.
@@ -321,6 +379,25 @@ pub(super) mod tests {
         }
     }
 
+    fn seen() -> Seen<'static> {
+        const COUNTERS: Counters = Counters {
+            from_pod: None,
+            to_pod: None,
+            polled_by_sockets: Some(77),
+            worker_cpu_ns: Some(1),
+        };
+        const RATES: Rates = Rates {
+            from_pod: None,
+            to_pod: None,
+            polled_by_sockets: None,
+            worker_cpu: Some(0.25),
+        };
+        Seen {
+            counters: &[COUNTERS],
+            rates: &[RATES],
+        }
+    }
+
     fn status(pods: Vec<PodState>) -> Status {
         Status {
             pods,
@@ -335,12 +412,7 @@ pub(super) mod tests {
 
     #[test]
     fn a_pod_is_one_line_and_its_reasons_follow() {
-        let text = render(
-            &status(vec![pod()]),
-            &[Counters::default()],
-            Path::new("/run/kbp"),
-            false,
-        );
+        let text = render(&status(vec![pod()]), seen(), Path::new("/run/kbp"), false);
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(
             lines[1]
@@ -354,6 +426,10 @@ pub(super) mod tests {
                 "8193 > 8194",
                 "idle sqpoll 4711",
                 "1",
+                "75",
+                "77",
+                "3",
+                "0",
                 "20 µs",
                 "epoll-busy-poll"
             ]
@@ -372,12 +448,7 @@ pub(super) mod tests {
 
     #[test]
     fn verbose_says_why() {
-        let text = render(
-            &status(vec![pod()]),
-            &[Counters::default()],
-            Path::new("/run/kbp"),
-            true,
-        );
+        let text = render(&status(vec![pod()]), seen(), Path::new("/run/kbp"), true);
         for part in [
             "worker: auto: no pool",
             "window: auto: shared CPUs",
@@ -399,14 +470,14 @@ pub(super) mod tests {
         bare.degraded.clear();
         let text = render(
             &status(vec![bare]),
-            &[Counters::default()],
+            Seen::default(),
             Path::new("/run/kbp"),
             false,
         );
         let line = text.lines().nth(1).expect("a line");
         assert_eq!(
             line.split_whitespace().skip(1).collect::<Vec<_>>(),
-            ["-", "-", "none", "-", "off", "-"]
+            ["-", "-", "none", "-", "-", "-", "3", "0", "off", "-"]
         );
     }
 
@@ -429,7 +500,7 @@ pub(super) mod tests {
         };
         let mut status = status(Vec::new());
         status.uplinks = vec![uplink, down];
-        let text = render(&status, &[], Path::new("/run/kbp"), false);
+        let text = render(&status, Seen::default(), Path::new("/run/kbp"), false);
         let words = |start: &str| -> Vec<String> {
             let line = text.lines().find(|l| l.starts_with(start)).expect("a line");
             line.split_whitespace().map(str::to_owned).collect()
@@ -448,9 +519,9 @@ pub(super) mod tests {
 
     #[test]
     fn no_pods_is_said() {
-        let text = render(&status(Vec::new()), &[], Path::new("/run/x"), false);
+        let text = render(&status(Vec::new()), Seen::default(), Path::new("/"), false);
         assert!(
-            text.starts_with("no pod is attached (state directory /run/x)"),
+            text.starts_with("no pod is attached (state directory /)"),
             "{text}"
         );
     }

@@ -139,6 +139,11 @@ pub(crate) struct Rates {
 }
 
 impl Rates {
+    /// Share of the time that the worker was parked, or had to give way. None: there is no worker, or no two readings.
+    pub(crate) fn parked(&self) -> Option<f64> {
+        self.worker_cpu.map(|busy| 1.0 - busy)
+    }
+
     /// The rates from `before` to `now`, `elapsed` apart. A counter that went backwards is that of something new.
     pub(crate) fn of(before: &Counters, now: &Counters, elapsed: Duration) -> Self {
         let seconds = elapsed.as_secs_f64().max(1e-9);

@@ -17,7 +17,7 @@ use ratatui::text::Line;
 use ratatui::widgets::{Paragraph, Row, Table, TableState, Wrap};
 
 use super::sample::{Previous, Rates, Sampler};
-use super::{Status, Written, napis, parts, short, veths, window, worker};
+use super::{Status, Written, napis, parts, percent, short, veths, window, worker};
 
 /// Longest wait before a signal or a key is noticed.
 const LOOK: Duration = Duration::from_millis(100);
@@ -270,7 +270,6 @@ impl Shown {
     fn cells(&self) -> Vec<String> {
         let none = || "-".to_owned();
         let rate = |r: Option<f64>| r.map_or_else(none, |r| format!("{r:.0}"));
-        let percent = |r: Option<f64>| r.map_or_else(none, |r| format!("{:.0}", 100.0 * r));
         let (worker, cpu) = worker(self.pod.worker.as_ref());
         vec![
             short(&self.pod),
@@ -278,7 +277,7 @@ impl Shown {
             worker,
             cpu,
             percent(self.rates.worker_cpu),
-            percent(self.rates.worker_cpu.map(|busy| 1.0 - busy)),
+            percent(self.rates.parked()),
             rate(self.rates.from_pod),
             rate(self.rates.to_pod),
             rate(self.rates.polled_by_sockets),
