@@ -65,6 +65,7 @@ pub(crate) struct World {
     servers: Mutex<Vec<u32>>,
     bundles: Mutex<Vec<String>>,
     log_readers: Mutex<Vec<fs::File>>,
+    sockets: Mutex<Vec<PathBuf>>,
     pub(crate) arm: Arm,
     pub(crate) options: Options,
 }
@@ -138,6 +139,7 @@ impl World {
         Self {
             arm,
             log_readers: Mutex::default(),
+            sockets: Mutex::default(),
             events,
             _events_server: server,
             servers: Mutex::default(),
@@ -307,6 +309,8 @@ impl World {
     }
 
     pub(crate) async fn connect(&self, address: &str) -> Shim {
+        let socket = address.trim_start_matches("unix://").into();
+        self.sockets.lock().expect("not poisoned").push(socket);
         let client = Client::connect(address).await.expect("connect to the shim");
         let mut shim = Shim {
             client,
@@ -395,6 +399,10 @@ impl Drop for World {
             if !deleted.status.success() {
                 eprintln!("delete {id}: {}", String::from_utf8_lossy(&deleted.stderr));
             }
+        }
+        // A server that is killed leaves its own, which may be outside of the directory.
+        for socket in self.sockets.lock().expect("not poisoned").drain(..) {
+            let _ = fs::remove_file(socket);
         }
     }
 }
