@@ -17,6 +17,7 @@ kbp_tests::scenarios!(
     exec_codes_input_and_output,
     exec_of_a_command_that_does_not_exist,
     terminal_of_exec,
+    output_of_a_terminal_of_exec_is_complete,
     many_execs_at_once,
     signals,
     signals_to_execs_and_to_all,
@@ -272,6 +273,48 @@ fn terminal_of_exec(lab: &Lab<'_>) {
     terminal.type_text("exit 9\n").expect("type");
     let output = terminal.wait(LIMIT).expect("end");
     assert_eq!(output.code, Some(9), "{output}");
+    lab.containerd.remove("c").expect("remove");
+}
+
+fn output_of_a_terminal_of_exec_is_complete(lab: &Lab<'_>) {
+    // Hundreds of times what a terminal holds, written by a process that then ends by itself.
+    const LINES: u32 = 200_000;
+    lab.containerd
+        .start_container(lab.container("c", ["sleep", "1000"]))
+        .expect("start");
+    let script = format!("seq 1 {LINES}; {LINGER}; exit 9");
+    let exec = [
+        "tasks",
+        "exec",
+        "--tty",
+        "--exec-id",
+        "t",
+        "c",
+        "sh",
+        "-c",
+        &script,
+    ];
+    let command = lab.containerd.ctr_command(exec);
+    let mut terminal = Terminal::start(&command).expect("terminal");
+    let output = terminal.wait(LIMIT).expect("end");
+    assert_eq!(output.code, Some(9), "{} bytes", output.stdout.len());
+    let lines: String = (1..=LINES).map(|n| format!("{n}\n")).collect();
+    // `ctr` has written all of it when it ends; the last of it may still be on its way through this side's terminal.
+    wait_until("all of it", LIMIT, || {
+        // Each of the two terminals puts a carriage return before the end of a line.
+        let shown = terminal.screen().replace('\r', "");
+        if shown == lines {
+            return Ok(());
+        }
+        let same = shown.bytes().zip(lines.bytes()).take_while(|(a, b)| a == b);
+        Err(format!(
+            "{} bytes of {}, the first {} as they should be",
+            shown.len(),
+            lines.len(),
+            same.count()
+        ))
+    })
+    .expect("complete");
     lab.containerd.remove("c").expect("remove");
 }
 

@@ -506,6 +506,11 @@ fn a_drop_in(generation: Generation) {
 }
 
 #[test]
+fn a_drop_in_on_v1_7() {
+    a_drop_in(Generation::V1_7);
+}
+
+#[test]
 fn a_drop_in_on_v2() {
     a_drop_in(Generation::V2);
 }
