@@ -125,6 +125,9 @@ impl Options {
                     criu_work_path: options.criu_work_path,
                 })
             }
+            "containerd.linux.runc.CreateOptions" => {
+                Self::decode_old(&any.value).map_err(|error| malformed(&error))
+            }
             "runtimeoptions.v1.Options" => {
                 let generic = Generic::decode(&any.value).map_err(|error| malformed(&error))?;
                 let text = generic.toml()?;
@@ -139,10 +142,35 @@ impl Options {
                 })
             }
             _ => Err(Error::InvalidArgument(format!(
-                "runtime options of type {:?} are not understood: expected containerd.runc.v1.Options or runtimeoptions.v1.Options",
+                "runtime options of type {:?} are not understood: expected containerd.runc.v1.Options, containerd.linux.runc.CreateOptions or runtimeoptions.v1.Options",
                 any.type_url
             ))),
         }
+    }
+
+    /// The message that clients of containerd 1 fill in for a runtime whose name does not begin with `io.containerd.runc`, when a user
+    /// asks for users of the container's own, no pivot_root or a cgroup for the shim. containerd-shim-protos does not have it.
+    fn decode_old(bytes: &[u8]) -> containerd_shim_protos::protobuf::Result<Self> {
+        let mut options = Self::default();
+        let mut input = CodedInputStream::from_bytes(bytes);
+        while let Some(tag) = input.read_raw_tag_or_eof()? {
+            // Field number in the upper bits; in the lower three 0: a number, 2: length-delimited.
+            match tag {
+                0x08 => options.no_pivot_root = input.read_bool()?,
+                0x40 => options.no_new_keyring = input.read_bool()?,
+                0x4a => options.shim_cgroup = input.read_string()?,
+                0x50 => options.io_uid = input.read_uint32()?,
+                0x58 => options.io_gid = input.read_uint32()?,
+                0x62 => options.criu_work_path = input.read_string()?,
+                0x6a => options.criu_image_path = input.read_string()?,
+                other => containerd_shim_protos::protobuf::rt::read_unknown_or_skip_group(
+                    other,
+                    &mut input,
+                    &mut Default::default(),
+                )?,
+            }
+        }
+        Ok(options)
     }
 
     /// Reads what [`Self::store`] left in a bundle; the default when there is nothing.
@@ -192,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn both_kinds_by_their_types() {
+    fn every_kind_by_its_type() {
         let runc = oci::Options {
             binary_name: "crun".to_owned(),
             io_uid: 7,
@@ -210,6 +238,21 @@ mod tests {
         let value = b"\x0a\x01t\x1a\x28SystemdCgroup = true\nIoGid = 9\nother = 1\x20\x05".to_vec();
         let options = Options::decode(&any("runtimeoptions.v1.Options", value)).expect("TOML");
         assert_eq!((options.systemd_cgroup, options.io_gid), (true, 9));
+        // Every field that counts, and one that does not (cgroups_mode, 7).
+        let value =
+            b"\x08\x01\x3a\x04soft\x40\x01\x4a\x02/s\x50\xe0\xa7\x12\x58\x05\x62\x02/w\x6a\x02/i";
+        let old = any("containerd.linux.runc.CreateOptions", value.to_vec());
+        let expected = Options {
+            no_pivot_root: true,
+            no_new_keyring: true,
+            shim_cgroup: "/s".to_owned(),
+            io_uid: 300_000,
+            io_gid: 5,
+            criu_work_path: "/w".to_owned(),
+            criu_image_path: "/i".to_owned(),
+            ..Default::default()
+        };
+        assert_eq!(Options::decode(&old).expect("of containerd 1"), expected);
         assert_eq!(
             Options::decode(&Any::new()).expect("nothing"),
             Options::default()
@@ -228,6 +271,11 @@ mod tests {
             ("runtimeoptions.v1.Options", "\x12\x05/none", "/none"),
             ("runtimeoptions.v1.Options", "\x1a\x7f", "runtimeoptions"),
             ("containerd.runc.v1.Options", "\x0a", "containerd.runc"),
+            (
+                "containerd.linux.runc.CreateOptions",
+                "\x4a\x7f",
+                "linux.runc",
+            ),
         ] {
             let error = Options::decode(&any(name, value.as_bytes().to_vec()))
                 .expect_err(name)

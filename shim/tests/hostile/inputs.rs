@@ -11,7 +11,7 @@ use kbp_shim::spec::seccomp::{self, Listener};
 use kbp_shim::spec::{CpuLimits, Spec};
 use kbp_shim::task::options::Options;
 
-/// Runtime options: both kinds of messages, and TOML in the one that carries it.
+/// Runtime options: every kind of message, and TOML in the one that carries it.
 pub(crate) fn options(data: &[u8]) {
     // Field 3 (config_body), length-delimited.
     let mut carried = vec![0x1a];
@@ -24,6 +24,7 @@ pub(crate) fn options(data: &[u8]) {
     carried.extend(data);
     for (name, value) in [
         ("containerd.runc.v1.Options", data.to_vec()),
+        ("containerd.linux.runc.CreateOptions", data.to_vec()),
         ("runtimeoptions.v1.Options", data.to_vec()),
         ("runtimeoptions.v1.Options", carried),
         (&*String::from_utf8_lossy(data), data.to_vec()),

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use containerd_shim_protos::api::{CheckpointTaskRequest, Status};
 use containerd_shim_protos::protobuf::Message;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::shim::oci::CheckpointOptions;
 
 use super::create::Restore;
@@ -14,13 +15,7 @@ use crate::task::error::{Error, Result};
 impl Container {
     /// Writes a checkpoint, and ends the container if the options say so.
     pub async fn checkpoint(&self, request: &CheckpointTaskRequest) -> Result<()> {
-        let options =
-            CheckpointOptions::parse_from_bytes(&request.options.value).map_err(|error| {
-                Error::InvalidArgument(format!(
-                    "checkpoint options of type {:?}: {error}",
-                    request.options.type_url
-                ))
-            })?;
+        let options = decode(&request.options)?;
         let _operation = self.init.operation.lock().await;
         self.init
             .expect("checkpoint a", &[Status::RUNNING, Status::PAUSED])?;
@@ -120,6 +115,24 @@ impl Container {
     }
 }
 
+/// The options of containerd's clients. Those of containerd 1 send `containerd.linux.runc.CheckpointOptions` to a runtime whose name does
+/// not begin with `io.containerd.runc`: the same message with its last two fields the other way round.
+fn decode(any: &Any) -> Result<CheckpointOptions> {
+    let mut options = CheckpointOptions::parse_from_bytes(&any.value).map_err(|error| {
+        Error::InvalidArgument(format!(
+            "checkpoint options of type {:?}: {error}",
+            any.type_url
+        ))
+    })?;
+    if any
+        .type_url
+        .ends_with("containerd.linux.runc.CheckpointOptions")
+    {
+        std::mem::swap(&mut options.image_path, &mut options.work_path);
+    }
+    Ok(options)
+}
+
 /// The first error in criu's log when it came to nothing before it looked at the container: it finds out about the kernel first.
 fn why_not_here(log: &[u8]) -> Option<String> {
     let text = String::from_utf8_lossy(log);
@@ -147,6 +160,38 @@ fn require_criu() -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn both_kinds_of_options_name_the_same_directory() {
+        let options = |type_url: &str, value: &[u8]| {
+            let any = Any {
+                type_url: type_url.to_owned(),
+                value: value.to_vec(),
+                ..Default::default()
+            };
+            decode(&any)
+        };
+        // exit (1); the image's and the work's directory are 8 and 9 in the one, 9 and 8 in the other.
+        for (name, value) in [
+            (
+                "containerd.runc.v1.CheckpointOptions",
+                b"\x08\x01\x42\x02/i\x4a\x02/w",
+            ),
+            (
+                "containerd.linux.runc.CheckpointOptions",
+                b"\x08\x01\x42\x02/w\x4a\x02/i",
+            ),
+        ] {
+            let options = options(name, value).expect(name);
+            assert_eq!(
+                (options.exit, options.image_path, options.work_path),
+                (true, "/i".to_owned(), "/w".to_owned()),
+                "{name}"
+            );
+        }
+        let error = options("some.Options", b"\x42").expect_err("half a field");
+        assert!(error.to_string().contains("some.Options"), "{error}");
+    }
 
     #[test]
     fn a_criu_that_does_not_know_the_kernel_is_told_from_a_container_that_cannot_be_dumped() {
