@@ -392,13 +392,19 @@ fn an_exec_cannot_tell_which_shim_started_it() {
 /// containerd takes a runtime by the path of its shim, and then any name of the binary will do.
 #[test]
 fn the_shim_runs_by_its_path() {
-    on(Arm::KBP_V2, |lab| {
-        let shim = kbp_tests::binaries::kbp_binary("containerd-shim-kbp-v1").expect("shim");
-        let run = kbp_tests::Run::new("c", &lab.rootfs, ["sh", "-c", "exit 8"])
-            .runtime_named(&shim.display().to_string());
-        let output = lab.containerd.run(&run).expect("run");
-        assert_eq!(output.code, Some(8), "{output}");
-    });
+    for generation in [Generation::Machine, Generation::V1_7, Generation::V2] {
+        let arm = Arm {
+            generation,
+            ..Arm::KBP
+        };
+        on(arm, |lab| {
+            let shim = kbp_tests::binaries::kbp_binary("containerd-shim-kbp-v1").expect("shim");
+            let run = kbp_tests::Run::new("c", &lab.rootfs, ["sh", "-c", "exit 8"])
+                .runtime_named(&shim.display().to_string());
+            let output = lab.containerd.run(&run).expect("run");
+            assert_eq!(output.code, Some(8), "{generation:?}: {output}");
+        });
+    }
 }
 
 /// State must answer while another call on the same shim takes its time.
@@ -428,4 +434,29 @@ fn the_state_is_told_while_a_container_is_busy() {
         });
         lab.containerd.remove("c").expect("remove");
     });
+}
+
+/// A container with users of its own, as `ctr` makes one: its root is nobody outside, and owns the image's files.
+mod users {
+    use super::*;
+
+    kbp_tests::scenarios!(on [stock_on_machine, stock_on_v1_7, stock_on_v2, kbp_on_machine, kbp_on_v1_7, kbp_on_v2]: users_of_its_own);
+
+    fn users_of_its_own(lab: &Lab<'_>) {
+        let reference = "docker.io/library/test:1";
+        let archive = lab.rootfs.archive(reference, &["sh"], lab.sandbox.dir());
+        lab.containerd
+            .import(&archive.expect("archive"))
+            .expect("import");
+        let script = "echo $(cat /proc/self/uid_map); echo $(cat /proc/self/gid_map); stat -c %u:%g /bin/busybox; \
+                      echo x >/new; stat -c %u:%g /new; sleep 0.1";
+        let run = kbp_tests::Run::image("c", reference, ["sh", "-c", script])
+            .flag("--uidmap", "0:300000:65536")
+            .flag("--gidmap", "0:400000:65536");
+        let output = lab.containerd.run(&lab.under(run)).expect("run");
+        assert_eq!(
+            output.success().expect("code").stdout,
+            "0 300000 65536\n0 400000 65536\n0:0\n0:0\n"
+        );
+    }
 }

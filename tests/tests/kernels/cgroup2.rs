@@ -1,5 +1,6 @@
 //! The whole way on a machine with cgroup v2 only: containerd, the shim, runc. The development machine has v1.
 
+use kbp_tests::command::Running;
 use kbp_tests::lab::on_with;
 use kbp_tests::{Arm, Lab, Settings, wait_until};
 
@@ -20,6 +21,7 @@ fn run_exec_oom_stats_and_delete_in_a_guest() {
     on_with(Arm::KBP, Settings::default(), |lab| {
         lives(lab);
         runs_out_of_memory(lab);
+        dies_of_it(lab);
     });
 }
 
@@ -63,10 +65,9 @@ fn lives(lab: &Lab<'_>) {
     .expect("gone");
 }
 
-/// The kernel kills what has no memory left, and the shim tells; the container goes on.
-fn runs_out_of_memory(lab: &Lab<'_>) {
+/// A subscription to containerd's events. `ctr` does not say when it has subscribed: events are made until one is seen.
+fn subscribe(lab: &Lab<'_>) -> Running {
     let mut events = lab.containerd.ctr_start(["events"]).expect("events");
-    // It does not say when it has subscribed: events are made until one is seen.
     wait_until("a first event", LIMIT, || {
         let label = ["namespaces", "label", lab.sandbox.name(), "seen=no"];
         lab.containerd.ctr(label).map_err(|e| e.to_string())?;
@@ -76,6 +77,12 @@ fn runs_out_of_memory(lab: &Lab<'_>) {
         }
     })
     .expect("subscribed");
+    events
+}
+
+/// The kernel kills what has no memory left, and the shim tells; the container goes on.
+fn runs_out_of_memory(lab: &Lab<'_>) {
+    let mut events = subscribe(lab);
     // A shim looks for it from the start on, so it comes later. What is killed is the child that asks for it, and the shell needs
     // no other child afterwards: what was killed may not have given its memory back by then.
     let script = "sleep 1000 & until [ -e /tmp/go ]; do sleep 0.05; done; head -c 200000000 /dev/zero | \
@@ -100,4 +107,37 @@ fn runs_out_of_memory(lab: &Lab<'_>) {
     );
     lab.answers("eats");
     lab.containerd.remove("eats").expect("remove");
+}
+
+/// The init itself has no memory left: that is told before its end.
+fn dies_of_it(lab: &Lab<'_>) {
+    let mut events = subscribe(lab);
+    let script =
+        "until [ -e /tmp/die ]; do sleep 0.05; done; exec tail -c 100000000 /dev/zero >/dev/null";
+    let container = lab.script("dies", script).flag("--memory-limit", LIMITED);
+    lab.containerd.start_container(container).expect("start");
+    std::fs::write(lab.rootfs.dir().join("tmp/die"), "").expect("write");
+    let told = wait_until("the exit", LIMIT, || {
+        let seen = events.stdout();
+        let of_it = seen
+            .lines()
+            .filter(|l| l.contains("\"container_id\":\"dies\""));
+        let told: Vec<String> = of_it.map(str::to_owned).collect();
+        match told.iter().position(|l| l.contains(" /tasks/exit ")) {
+            Some(exit) => Ok((told[..exit].to_vec(), told[exit].clone())),
+            None => Err(seen.to_owned()),
+        }
+    });
+    let (before, exit) = told.expect("an exit");
+    assert!(exit.contains("\"exit_status\":137"), "{exit}");
+    let topic = |l: &String| {
+        l.split_whitespace()
+            .find(|w| w.starts_with("/tasks/"))
+            .map(str::to_owned)
+    };
+    let mut topics: Vec<String> = before.iter().filter_map(topic).collect();
+    // More than one attempt to get memory may be counted.
+    topics.dedup();
+    assert_eq!(topics, ["/tasks/create", "/tasks/start", "/tasks/oom"]);
+    lab.containerd.remove("dies").expect("remove");
 }
