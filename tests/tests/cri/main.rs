@@ -3,6 +3,7 @@
 mod messages;
 mod networks;
 mod tools;
+mod users;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -189,6 +190,18 @@ impl Node<'_> {
         name: &str,
         resources: Option<Resources>,
     ) -> String {
+        self.try_container(sandbox, config, name, resources)
+            .unwrap_or_else(|e| panic!("{e}\n{}", self.containerd.log()))
+    }
+
+    /// That container, or why it is refused.
+    fn try_container(
+        &self,
+        sandbox: &str,
+        config: &SandboxConfig,
+        name: &str,
+        resources: Option<Resources>,
+    ) -> Result<String, String> {
         let container = ContainerConfig {
             metadata: Some(Id {
                 id: name.to_owned(),
@@ -216,12 +229,10 @@ impl Node<'_> {
             sandbox_config: Some(config.clone()),
         };
         let id = self
-            .call::<Id>("RuntimeService/CreateContainer", &request)
-            .expect("create")
+            .call::<Id>("RuntimeService/CreateContainer", &request)?
             .id;
-        self.call::<Empty>("RuntimeService/StartContainer", &Id { id: id.clone() })
-            .expect("start");
-        id
+        self.call::<Empty>("RuntimeService/StartContainer", &Id { id: id.clone() })?;
+        Ok(id)
     }
 
     fn remove(&self, sandbox: &str) {
@@ -591,71 +602,4 @@ fn a_host_network_pod() {
             },
         );
     }
-}
-
-/// A pod with user ids of its own, as the kubelet asks for it (`hostUsers: false`): its root is nobody outside, and its sockets poll.
-fn a_pod_of_other_users(generation: Generation) {
-    const OUTSIDE: u32 = 300_000;
-    on_node(
-        generation,
-        |handler| handler,
-        |node| {
-            // The stock handler shows that the machine can do it.
-            for handler in ["", "kbp"] {
-                let mut config = node.sandbox_config("pod", &[("kbp.io/busy-poll", "61")]);
-                let range = IdRange {
-                    outside: OUTSIDE,
-                    inside: 0,
-                    count: 65_536,
-                };
-                let users = Users {
-                    mode: 0,
-                    uids: vec![range.clone()],
-                    gids: vec![range],
-                };
-                let linux = config.linux.as_mut().expect("linux");
-                linux.security_context = Some(SecurityContext {
-                    namespaces: Some(Namespaces {
-                        network: 0,
-                        users: Some(users),
-                    }),
-                });
-                let pod = node
-                    .run_under(handler, &config)
-                    .unwrap_or_else(|e| panic!("{handler:?}: {e}\n{}", node.containerd.log()));
-                let container = node.container(&pod, &config, "app", None);
-                let pid = node.pid(&container);
-                let map = std::fs::read_to_string(format!("/proc/{pid}/uid_map")).expect("map");
-                let map: Vec<&str> = map.split_whitespace().collect();
-                assert_eq!(map, ["0", &OUTSIDE.to_string(), "65536"]);
-                if handler == "kbp" {
-                    let state = node.state(&pod);
-                    assert!(state.degraded.is_empty(), "{state:#?}");
-                    node.wait_for_window(&container, 61);
-                }
-                node.ask(&node.ip(&pod));
-                // The image's files are its root's, and it may write beside them.
-                let script =
-                    "stat -c %u:%g /bin/busybox; echo x >/new; stat -c %u:%g /new; sleep 0.1";
-                let exec = ExecSync {
-                    container,
-                    command: ["sh", "-c", script].map(str::to_owned).to_vec(),
-                    timeout: 20,
-                };
-                let result: ExecResult = node.call("RuntimeService/ExecSync", &exec).expect("exec");
-                assert_eq!(
-                    String::from_utf8_lossy(&result.stdout),
-                    "0:0\n0:0\n",
-                    "{handler:?}: {}",
-                    String::from_utf8_lossy(&result.stderr)
-                );
-                node.remove(&pod);
-            }
-        },
-    );
-}
-
-#[test]
-fn a_pod_of_other_users_on_v1_7() {
-    a_pod_of_other_users(Generation::V1_7);
 }
