@@ -18,9 +18,10 @@ use crate::node::{Node, ip, wait_until};
 
 /// A node with an attached pod, and a namespace that is neither's.
 struct Scene {
+    // First, so that it ends before the directory that it writes to goes.
+    attachment: Attachment,
     node: Node,
     elsewhere: Node,
-    attachment: Attachment,
 }
 
 /// Something that happens.
