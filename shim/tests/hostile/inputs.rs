@@ -3,7 +3,6 @@
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
-use std::sync::OnceLock;
 
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use kbp_shim::sockets::{Notifier, Treatment};
@@ -84,9 +83,8 @@ struct Pod {
     _dir: tempfile::TempDir,
 }
 
-fn pod() -> &'static Pod {
-    static POD: OnceLock<Pod> = OnceLock::new();
-    POD.get_or_init(|| {
+impl Pod {
+    fn new() -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let notifier = Notifier::start(dir.path(), "ns", "pod", |_| {}).expect("a notifier");
         let treatment = Treatment {
@@ -96,19 +94,25 @@ fn pod() -> &'static Pod {
             prefer: Default::default(),
         };
         notifier.admit("app", treatment);
-        Pod {
+        Self {
             notifier,
             _dir: dir,
         }
-    })
+    }
+}
+
+thread_local! {
+    /// One for all inputs of a test: it ends, with its directory, when the test's thread does.
+    static POD: Pod = Pod::new();
 }
 
 /// What an OCI runtime sends to the notifier (a container process state), without the descriptor that it has to come with.
 pub(crate) fn process_state(data: &[u8]) {
-    let notifier = &pod().notifier;
-    let mut socket = UnixStream::connect(notifier.socket()).expect("it listens");
-    // It may have refused what came first.
-    let _ = socket.write_all(data);
-    drop(socket);
-    assert_eq!(notifier.counters().calls_handled, 0);
+    POD.with(|Pod { notifier, .. }| {
+        let mut socket = UnixStream::connect(notifier.socket()).expect("it listens");
+        // It may have refused what came first.
+        let _ = socket.write_all(data);
+        drop(socket);
+        assert_eq!(notifier.counters().calls_handled, 0);
+    });
 }
