@@ -515,11 +515,8 @@ impl Attachment {
     /// # Errors
     /// The first of what could not be undone; the rest is undone all the same.
     pub fn detach_and_restore(mut self) -> Result<()> {
-        self.stop();
-        self.end_deferral();
-        let before = self.before.take();
         let mut outcome = self.end();
-        if let Some(Before { tuner, veths }) = before {
+        if let Some(Before { tuner, veths }) = self.before.take() {
             for (veth, offloads) in veths {
                 let restored = tuner.restore(&veth, offloads).map_err(Error::from);
                 if restored.is_ok() {

@@ -243,10 +243,15 @@ pub fn write(state_dir: &Path, state: &PodState) -> Result<()> {
         state.namespace,
         std::process::id()
     ));
-    let written = write_file(&temporary, state).and_then(|()| fs::rename(&temporary, &path));
+    replace(&path, &temporary, state)
+}
+
+/// Writes a state to `temporary` and gives that the name `path`, so that nobody reads half of it.
+pub(crate) fn replace(path: &Path, temporary: &Path, state: &impl Serialize) -> Result<()> {
+    let written = write_file(temporary, state).and_then(|()| fs::rename(temporary, path));
     written.map_err(|source| {
         // Best effort: the write is what failed, and it is reported.
-        let _ = fs::remove_file(&temporary);
+        let _ = fs::remove_file(temporary);
         Error::io(format!("write state file {}", path.display()), source)
     })
 }
@@ -265,15 +270,9 @@ pub(crate) fn sweep_unfinished(state_dir: &Path) -> Result<()> {
             .to_str()
             .and_then(|name| name.strip_prefix('.')?.strip_suffix(".tmp"))
             .and_then(|name| name.rsplit_once('.')?.1.parse::<u32>().ok());
-        if owner.is_some_and(|pid| start_time(pid).is_none())
-            && let Err(source) = fs::remove_file(entry.path())
-            // Others sweep as well.
-            && source.kind() != io::ErrorKind::NotFound
-        {
-            return Err(Error::io(
-                format!("remove {}", entry.path().display()),
-                source,
-            ));
+        if owner.is_some_and(|pid| start_time(pid).is_none()) {
+            // Others sweep as well, and it may be gone.
+            remove_file(&entry.path())?;
         }
     }
     Ok(())
@@ -314,7 +313,8 @@ pub(crate) fn remove_stale(state_dir: &Path, stale: &Stale) -> Result<()> {
     remove_file(&pods_dir(state_dir).join(&stale.file))
 }
 
-fn remove_file(path: &Path) -> Result<()> {
+/// Removes a state's file; fine when it is not there.
+pub(crate) fn remove_file(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io(
             format!("remove state file {}", path.display()),
@@ -407,7 +407,7 @@ fn file_name(namespace: &str, id: &str) -> String {
 }
 
 /// Writes a state to a file of root's alone.
-pub(crate) fn write_file(path: &Path, state: &impl Serialize) -> io::Result<()> {
+fn write_file(path: &Path, state: &impl Serialize) -> io::Result<()> {
     let mut file: File = OpenOptions::new()
         .write(true)
         .create(true)

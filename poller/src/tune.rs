@@ -2,7 +2,7 @@
 
 use kbp_kernel::ethtool::{self, Features};
 use kbp_kernel::link::{Batch, RouteSocket};
-use kbp_kernel::napi::NetdevSocket;
+use kbp_kernel::napi::{Napi, NetdevSocket};
 use kbp_kernel::netns::Netns;
 use kbp_kernel::{Error, IfIndex, NapiId, Result};
 use serde::{Deserialize, Serialize};
@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::defer::Deferral;
 use crate::endpoint::Endpoint;
 use crate::policy::Profile;
+use crate::record::End;
 use crate::worker::learn;
 
 /// Packets that the qdisc of a veth end holds while the receiving ring (256 packets) is full; the default queue length
@@ -60,6 +61,13 @@ pub(crate) struct Tuner {
     pub(crate) deferral: Deferral,
 }
 
+/// The NAPI instances of a link, and a socket to set them by.
+fn napis_of(netns: &Netns, link: IfIndex) -> Result<(NetdevSocket, Vec<Napi>)> {
+    let mut socket = NetdevSocket::open_in(netns)?;
+    let napis = socket.napis(link)?;
+    Ok((socket, napis))
+}
+
 impl Tuner {
     /// A second one for the same namespaces.
     pub(crate) fn try_clone(&self) -> Result<Self> {
@@ -105,22 +113,24 @@ impl Tuner {
 
     fn both_ends(&self, endpoint: &Endpoint, tuned: &mut Tuned) -> Result<(), String> {
         let ends = [
-            (&self.host, &endpoint.host_name, endpoint.host_index),
-            (&self.pod, &endpoint.pod_name, endpoint.pod_index),
+            (
+                End::Host,
+                &self.host,
+                &endpoint.host_name,
+                endpoint.host_index,
+            ),
+            (End::Pod, &self.pod, &endpoint.pod_name, endpoint.pod_index),
         ];
         // Both ends first: packets pass a NAPI only when the *other* end does not segment them later.
-        for (netns, name, index) in ends {
+        for (_, netns, name, index) in ends {
             self.one_end(netns, name, index)
                 .map_err(|e| format!("{}: {e}", endpoint.pod_name))?;
         }
         let mut found = Vec::new();
-        for (end, (netns, name, index)) in ends.into_iter().enumerate() {
-            let napis = match NetdevSocket::open_in(netns).and_then(|mut socket| {
-                let napis = socket.napis(index)?;
-                Ok((socket, napis))
-            }) {
+        for (end, netns, name, index) in ends {
+            let napis = match napis_of(netns, index) {
                 Ok((mut socket, napis)) => {
-                    if end == 1 {
+                    if end == End::Pod {
                         let applied = self.deferral.apply(&mut socket, &napis);
                         tuned.not_deferred = applied.err();
                     }
@@ -151,17 +161,12 @@ impl Tuner {
     /// Lets packets wait for nobody any more; fine when the veth is gone.
     pub(crate) fn end_deferral(&self, endpoint: &Endpoint) {
         self.deferral.set_sockets_poll(false);
-        let ended = NetdevSocket::open_in(&self.pod)
-            .and_then(|mut socket| {
-                let napis = socket.napis(endpoint.pod_index)?;
-                Ok((socket, napis))
-            })
-            .map_err(|e| match e {
-                Error::NotFound { .. } => None,
-                error => Some(error.to_string()),
-            })
-            .and_then(|(mut socket, napis)| self.deferral.apply(&mut socket, &napis).map_err(Some));
-        if let Err(Some(reason)) = ended {
+        let ended = match napis_of(&self.pod, endpoint.pod_index) {
+            Ok((mut socket, napis)) => self.deferral.apply(&mut socket, &napis),
+            Err(Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(reason) = ended {
             tracing::warn!(
                 "{}: packets still wait to be polled: {reason}",
                 endpoint.pod_name

@@ -33,6 +33,7 @@ pub const LEASE: Duration = Duration::from_millis(200);
 pub(crate) struct Worker {
     /// Ends before its thread does.
     _idle: Option<IdleStay>,
+    kind: Kind,
     poller: Box<dyn Poller>,
     pub(crate) state: WorkerState,
     /// What is not as one would think of a worker of this policy.
@@ -62,9 +63,7 @@ impl Worker {
     /// One that gives way to everybody does no harm there, and between requests that are far apart it halves the round trip once more
     /// (docs/architecture.md). On a CPU of the pool it would draw the packets over to that CPU.
     pub(crate) fn polls_pod_ends(&self) -> bool {
-        self.state.idle_class
-            && self.caveat.is_none()
-            && self.state.kind == Kind::Sqpoll.to_string()
+        self.state.idle_class && self.caveat.is_none() && self.kind == Kind::Sqpoll
     }
 
     /// Whether it is parked now.
@@ -245,6 +244,7 @@ pub(crate) fn make(
     };
     Ok(Worker {
         _idle: stay,
+        kind,
         caveat,
         state: WorkerState {
             kind: kind.to_string(),

@@ -91,7 +91,10 @@ impl Workers {
             Ok((key, state)) => {
                 let caveat = self.slots.get(&key).and_then(|s| s.worker.caveat.as_ref());
                 Placed {
-                    reason: caveat.map_or(reason.clone(), |c| format!("{reason}; {c}")),
+                    reason: match caveat {
+                        Some(caveat) => format!("{reason}; {caveat}"),
+                        None => reason,
+                    },
                     worker: Some((key, state)),
                     degraded: None,
                 }

@@ -45,12 +45,9 @@ impl UplinkState {
     pub(super) fn write(&self, state_dir: &Path) -> Result<()> {
         let dir = dir_of(state_dir);
         state::create_dir(&dir)?;
-        let path = file_of(state_dir, &self.interface);
         // A leading dot keeps the half-written file out of `read_all`.
         let temporary = dir.join(format!(".{}.tmp", self.interface));
-        state::write_file(&temporary, self)
-            .and_then(|()| fs::rename(&temporary, &path))
-            .map_err(|e| Error::io(format!("write state file {}", path.display()), e))
+        state::replace(&file_of(state_dir, &self.interface), &temporary, self)
     }
 }
 
@@ -72,23 +69,14 @@ pub fn read_all(state_dir: &Path) -> Result<Vec<UplinkState>> {
 /// Removes what a daemon before this one has left. There is one daemon a state directory.
 pub(crate) fn clear(state_dir: &Path) -> Result<()> {
     for path in files(state_dir)? {
-        remove_file(&path)?;
+        state::remove_file(&path)?;
     }
     Ok(())
 }
 
 /// Removes one uplink's file; fine when it is not there.
 pub(super) fn remove(state_dir: &Path, interface: &str) -> Result<()> {
-    remove_file(&file_of(state_dir, interface))
-}
-
-fn remove_file(path: &Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => {
-            Err(Error::io(format!("remove {}", path.display()), e))
-        }
-        _ => Ok(()),
-    }
+    state::remove_file(&file_of(state_dir, interface))
 }
 
 fn files(state_dir: &Path) -> Result<Vec<PathBuf>> {
