@@ -256,9 +256,8 @@ fn process_seconds(pid: u32) -> Result<f64> {
 
 fn median(samples: &[Sample]) -> Sample {
     let of = |value: fn(&Sample) -> f64| {
-        let mut values: Vec<f64> = samples.iter().map(value).collect();
-        values.sort_by(f64::total_cmp);
-        values[values.len() / 2]
+        let middle = kbp_plot::median(samples.iter().map(value));
+        middle.unwrap_or(f64::NAN)
     };
     Sample {
         per_second: of(|s| s.per_second),

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use kbp_kernel::netns::Netns;
 use kbp_kernel::process;
 use kbp_kernel::{CpuId, CpuSet};
+use kbp_plot::median;
 use kbp_poller::api::{self, AttachRequest};
 use kbp_poller::client::{Attached, Client};
 use kbp_tests::bench::cpu::Placement;
@@ -17,7 +18,6 @@ use kbp_tests::{Sandbox, wait_until};
 use serde::Serialize;
 
 use crate::road::{Latency, Road};
-use crate::stats::median;
 use crate::veths::{Node, Pod};
 
 /// Longest wait for anything of the daemon's.

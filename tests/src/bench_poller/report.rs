@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
+use kbp_plot::median;
 use kbp_tests::bench::Machine;
 use serde_json::{Value, json};
 
@@ -10,7 +11,7 @@ use crate::directions::{self, Ends};
 use crate::node;
 use crate::programs::{Arm, Sample, Situation, Workload};
 use crate::road;
-use crate::stats::{Latency, median};
+use crate::stats::Latency;
 use crate::workers::{self, Kind};
 
 /// Everything that was measured, a sample a round.

@@ -3,7 +3,8 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
+use kbp_tests::bench::write_json;
 
 use serde::Serialize;
 
@@ -145,9 +146,7 @@ pub(crate) fn table(promises: &[Promise]) -> String {
 
 /// Writes `harm.json`.
 pub(crate) fn write(directory: &Path, promises: &[Promise]) -> Result<()> {
-    let path = directory.join("harm.json");
-    let text = serde_json::to_string_pretty(promises).context("write JSON")? + "\n";
-    std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))
+    write_json(&directory.join("harm.json"), promises)
 }
 
 #[cfg(test)]

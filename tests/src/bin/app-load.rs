@@ -170,10 +170,15 @@ impl Connection {
     }
 }
 
-fn load(protocol: &Protocol, address: &str, clients: usize, length: Duration) -> Result<()> {
+/// Connections, and an epoll instance that watches each by its place among them.
+fn connections(
+    protocol: &Protocol,
+    address: &str,
+    clients: usize,
+) -> Result<(Epoll, Vec<Connection>)> {
     ensure!((1..=10_000).contains(&clients), "{clients} clients");
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("epoll_create1")?;
-    let mut connections: Vec<Connection> = (0..clients)
+    let connections: Vec<Connection> = (0..clients)
         .map(|_| Connection::open(address, protocol))
         .collect::<Result<_>>()?;
     for (n, connection) in connections.iter().enumerate() {
@@ -182,6 +187,21 @@ fn load(protocol: &Protocol, address: &str, clients: usize, length: Duration) ->
             EpollEvent::new(EpollFlags::EPOLLIN, n as u64),
         )?;
     }
+    Ok((epoll, connections))
+}
+
+/// How many events there are; 0 after a signal. `under_way` requests are waited for.
+fn wait(epoll: &Epoll, events: &mut [EpollEvent], under_way: usize) -> Result<usize> {
+    match epoll.wait(events, EpollTimeout::try_from(LOST_AFTER)?) {
+        Ok(0) => bail!("{under_way} requests without an answer"),
+        Ok(count) => Ok(count),
+        Err(nix::errno::Errno::EINTR) => Ok(0),
+        Err(errno) => Err(errno).context("epoll_wait"),
+    }
+}
+
+fn load(protocol: &Protocol, address: &str, clients: usize, length: Duration) -> Result<()> {
+    let (epoll, mut connections) = connections(protocol, address, clients)?;
     let mut latency = Histogram::<u64>::new(3).context("histogram")?;
     let mut events = vec![EpollEvent::empty(); clients];
     let begin = Instant::now();
@@ -190,13 +210,7 @@ fn load(protocol: &Protocol, address: &str, clients: usize, length: Duration) ->
     }
     let mut under_way = clients;
     while under_way > 0 {
-        let timeout = EpollTimeout::try_from(LOST_AFTER)?;
-        let count = match epoll.wait(&mut events, timeout) {
-            Ok(0) => bail!("{under_way} requests without an answer"),
-            Ok(count) => count,
-            Err(nix::errno::Errno::EINTR) => continue,
-            Err(errno) => return Err(errno).context("epoll_wait"),
-        };
+        let count = wait(&epoll, &mut events, under_way)?;
         for event in &events[..count] {
             let connection = &mut connections[event.data() as usize];
             if !connection.take(&protocol.answer)? {
@@ -222,18 +236,8 @@ fn open_loop(
     length: Duration,
     rate: u32,
 ) -> Result<()> {
-    ensure!((1..=10_000).contains(&clients), "{clients} clients");
     ensure!((1..=1_000_000).contains(&rate), "{rate} a second");
-    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("epoll_create1")?;
-    let mut connections: Vec<Connection> = (0..clients)
-        .map(|_| Connection::open(address, protocol))
-        .collect::<Result<_>>()?;
-    for (n, connection) in connections.iter().enumerate() {
-        epoll.add(
-            connection.stream.as_fd(),
-            EpollEvent::new(EpollFlags::EPOLLIN, n as u64),
-        )?;
-    }
+    let (epoll, mut connections) = connections(protocol, address, clients)?;
     let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK)?;
     let interval = Duration::from_secs(1) / rate;
     timer.set(
@@ -252,13 +256,7 @@ fn open_loop(
     let (mut due, mut sent) = (0u32, 0u32);
     let all = u32::try_from(length.as_nanos() / interval.as_nanos())?;
     while sent < all || idle.len() < clients {
-        let timeout = EpollTimeout::try_from(LOST_AFTER)?;
-        let count = match epoll.wait(&mut events, timeout) {
-            Ok(0) => bail!("{} requests without an answer", clients - idle.len()),
-            Ok(count) => count,
-            Err(nix::errno::Errno::EINTR) => continue,
-            Err(errno) => return Err(errno).context("epoll_wait"),
-        };
+        let count = wait(&epoll, &mut events, clients - idle.len())?;
         for event in &events[..count] {
             let Some(connection) = connections.get_mut(event.data() as usize) else {
                 // How often it has expired is told by the clock, too.
