@@ -5,7 +5,7 @@ mod parent;
 mod reap;
 mod scheduling;
 
-pub use capabilities::{Capability, give_up, take_up_in_this_thread};
+pub use capabilities::{Capability, drop_for_good, give_up, take_up_in_this_thread};
 pub use parent::end_with_parent;
 pub use reap::{Exit, ExitInfo, become_subreaper, consume, peek_ended, wait_any_peek};
 pub use scheduling::{

@@ -4,6 +4,7 @@ use std::io::{self, Read};
 use std::process::Command;
 use std::time::Duration;
 
+use kbp_shim::task::launcher::Launcher;
 use kbp_shim::task::reaper::{ChildStdio, Exit, Reaper};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
@@ -22,8 +23,7 @@ async fn leave_orphan(reaper: &Reaper, script: &str) -> u32 {
         ..Default::default()
     }
     .apply(&mut command);
-    let child = reaper.spawn(&mut command).expect("start sh");
-    drop(command);
+    let child = reaper.spawn(command).expect("start sh");
     assert_eq!(ended(child.exit).await.status, 0);
     let mut text = [0; 32];
     let count = read.read(&mut text).expect("its output");
@@ -40,13 +40,13 @@ async fn ended(exit: oneshot::Receiver<Exit>) -> Exit {
 
 #[tokio::test]
 async fn children_and_orphans_are_reaped_by_whoever_asked_for_them() {
-    let reaper = Reaper::start().expect("a reaper");
+    let reaper = Reaper::start(Launcher::start().expect("a thread")).expect("a reaper");
 
-    let mut quick = Command::new("/bin/sh");
-    quick.args(["-c", "exit 42"]);
     let mut children = Vec::new();
     for _ in 0..50 {
-        children.push(reaper.spawn(&mut quick).expect("start sh"));
+        let mut quick = Command::new("/bin/sh");
+        quick.args(["-c", "exit 42"]);
+        children.push(reaper.spawn(quick).expect("start sh"));
     }
     for child in children {
         let exit = ended(child.exit).await;
@@ -77,7 +77,7 @@ async fn children_and_orphans_are_reaped_by_whoever_asked_for_them() {
     timeout(Duration::from_secs(30), gone)
         .await
         .expect("no zombie is left");
-    let missing = reaper.spawn(&mut Command::new("/nonexistent"));
+    let missing = reaper.spawn(Command::new("/nonexistent"));
     assert_eq!(
         missing.expect_err("no such file").kind(),
         io::ErrorKind::NotFound

@@ -74,6 +74,18 @@ pub fn give_up(capabilities: &[Capability]) -> Result<bool> {
     Ok(true)
 }
 
+/// Takes capabilities from the calling thread and those that it starts from now on, for good. A program that root executes has them
+/// again all the same, but see [`give_up`] for what it loses by that.
+pub fn drop_for_good(capabilities: &[Capability]) -> Result<()> {
+    change(|number, sets| {
+        if capabilities.iter().any(|c| *c as usize == number) {
+            let others = !(1u32 << (number % 32));
+            sets.effective &= others;
+            sets.permitted &= others;
+        }
+    })
+}
+
 /// Brings all permitted capabilities into force for the calling thread alone: for one that does a single thing and ends.
 pub fn take_up_in_this_thread() -> Result<()> {
     change(|number, sets| sets.effective |= sets.permitted & 1u32 << (number % 32))

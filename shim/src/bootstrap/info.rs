@@ -44,7 +44,9 @@ fn features(binary: &str) -> anyhow::Result<Option<Any>> {
         .arg("features")
         .stdin(Stdio::null())
         .output()
-        .with_context(|| format!("run {binary}, the OCI runtime"))?;
+        .with_context(|| {
+            format!("run {binary}, the OCI runtime (BinaryName of the options, else runtime in kbp's config)")
+        })?;
     let is_json = serde_json::from_slice::<serde::de::IgnoredAny>(&output.stdout).is_ok();
     if !output.status.success() || !is_json {
         return Ok(None);

@@ -20,6 +20,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use containerd_shim_protos::protobuf::Message;
 
+use crate::task::container::check_id;
 use flags::{Action, Flags};
 
 /// Name of the runtime in containerd's configuration.
@@ -67,6 +68,10 @@ fn run() -> anyhow::Result<()> {
         !flags.namespace.is_empty(),
         "flag -namespace is missing: containerd always gives it"
     );
+    check_id("flag -namespace:", &flags.namespace)?;
+    if !flags.id.is_empty() {
+        check_id("flag -id:", &flags.id)?;
+    }
     match flags.action {
         Action::Start => answer(&start::start(&flags, &read_input()?)?),
         Action::Delete => answer(&delete::delete(&flags)?.write_to_bytes()?),

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::Context;
 use containerd_shim_protos::shim_async::{Task, create_task};
 use containerd_shim_protos::ttrpc;
-use kbp_kernel::process::{Capability, give_up};
+use kbp_kernel::process::{Capability, drop_for_good, give_up};
 use kbp_poller::config::Config;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -21,6 +21,7 @@ use crate::pod;
 use crate::task::TaskService;
 use crate::task::container::Surroundings;
 use crate::task::events::Publisher;
+use crate::task::launcher::Launcher;
 use crate::task::reaper::Reaper;
 
 /// Threads that serve requests. Two, so that one that is briefly busy in the kernel does not keep the other calls waiting.
@@ -31,9 +32,7 @@ const FLUSH_LIMIT: Duration = Duration::from_secs(10);
 
 /// What the server does not need. What it keeps and one might not expect: an overlay that it mounts is worked on with the mounter's
 /// capabilities, so those that a container uses on its files (owners, modes, device nodes, file capabilities) have to stay.
-const NOT_NEEDED: [Capability; 23] = [
-    Capability::SetGid,
-    Capability::SetUid,
+const NOT_NEEDED: [Capability; 21] = [
     Capability::SetPcap,
     Capability::NetBindService,
     Capability::NetBroadcast,
@@ -57,6 +56,9 @@ const NOT_NEEDED: [Capability; 23] = [
     Capability::CheckpointRestore,
 ];
 
+/// Of use for a moment, in a thread that mounts with mapped owners: out of force, but permitted.
+const SELDOM_NEEDED: [Capability; 2] = [Capability::SetGid, Capability::SetUid];
+
 /// OCI runtime where containerd's options name none. A config that cannot be read is reported when a container is created.
 pub fn default_runtime() -> String {
     Config::load().map_or_else(|_| "runc".to_owned(), |config| config.runtime)
@@ -72,14 +74,8 @@ pub fn serve(flags: &Flags) -> anyhow::Result<()> {
     if let Err(error) = kbp_kernel::process::set_thp_disabled(true) {
         tracing::debug!("{error}");
     }
-    // Before there are other threads. In the OCI runtime, which root executes, all of them are in force again.
-    match give_up(&NOT_NEEDED) {
-        Ok(true) => {}
-        Ok(false) => {
-            tracing::debug!("capabilities are kept: the OCI runtime would not get them back")
-        }
-        Err(error) => tracing::warn!("{error}"),
-    }
+    // Before there are other threads than this one and the one that starts programs.
+    let launcher = launcher()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .thread_keep_alive(Duration::from_secs(1))
@@ -94,7 +90,7 @@ pub fn serve(flags: &Flags) -> anyhow::Result<()> {
             address::remove(&socket);
         }
     };
-    let served = runtime.block_on(run(flags, listener, remove_socket.clone()));
+    let served = runtime.block_on(run(flags, listener, launcher, remove_socket.clone()));
     remove_socket();
     if let Err(error) = &served {
         tracing::error!("{}", super::chain(error));
@@ -102,6 +98,25 @@ pub fn serve(flags: &Flags) -> anyhow::Result<()> {
     // Whatever still runs (a copy to a fifo that nobody reads) must not keep the process.
     runtime.shutdown_background();
     served
+}
+
+/// Gives up the capabilities that the server does not need. The thread that starts programs has them out of force; all others lose them.
+/// In the OCI runtime, which root executes, all of them are in force again.
+fn launcher() -> anyhow::Result<Launcher> {
+    let start = || Launcher::start().context("start the thread that starts programs");
+    match give_up(&[&NOT_NEEDED[..], &SELDOM_NEEDED].concat()) {
+        Ok(true) => {}
+        Ok(false) => {
+            tracing::debug!("capabilities are kept: the OCI runtime would not get them back");
+            return start();
+        }
+        Err(error) => tracing::warn!("{error}"),
+    }
+    let launcher = start()?;
+    if let Err(error) = drop_for_good(&NOT_NEEDED) {
+        tracing::warn!("{error}");
+    }
+    Ok(launcher)
 }
 
 /// The socket inherited from `start` as standard input, or the one named on the command line; with the path to remove.
@@ -130,9 +145,10 @@ fn listener(flags: &Flags, bundle: &Path) -> anyhow::Result<(UnixListener, Optio
 async fn run(
     flags: &Flags,
     listener: UnixListener,
+    launcher: Launcher,
     remove_socket: impl Fn() + Send + Sync + 'static,
 ) -> anyhow::Result<()> {
-    let reaper = Reaper::start()?;
+    let reaper = Reaper::start(launcher)?;
     let events = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
     let (publisher, delivery) = Publisher::start(&flags.namespace, &events);
     let plain = TaskService::new(Surroundings {

@@ -12,6 +12,7 @@ pub mod container;
 pub mod error;
 pub mod events;
 pub mod io;
+pub mod launcher;
 pub mod mounts;
 pub mod options;
 pub mod process;

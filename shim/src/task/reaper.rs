@@ -20,6 +20,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
 use super::error::Error;
+use super::launcher::Launcher;
 
 /// Environment that tunes the memory of the shim's own process and is nobody else's business.
 pub const OWN_ENVIRONMENT: [&str; 4] = [
@@ -41,9 +42,10 @@ pub struct Exit {
 }
 
 /// Starts, watches and reaps the processes of one shim.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Reaper {
     table: Mutex<Table>,
+    launcher: Launcher,
 }
 
 #[derive(Debug, Default)]
@@ -73,14 +75,17 @@ pub struct Adoption {
 }
 
 impl Reaper {
-    /// Makes the calling process a subreaper and reaps for it until the runtime ends.
+    /// Makes the calling process a subreaper and reaps for it until the runtime ends; `launcher` starts what is started.
     ///
     /// # Errors
     /// When the kernel refuses PR_SET_CHILD_SUBREAPER or the signal handler.
-    pub fn start() -> super::error::Result<Arc<Self>> {
+    pub fn start(launcher: Launcher) -> super::error::Result<Arc<Self>> {
         process::become_subreaper()?;
         let mut signals = signal(SignalKind::child()).map_err(Error::io("listen for SIGCHLD"))?;
-        let reaper = Arc::new(Self::default());
+        let reaper = Arc::new(Self {
+            table: Mutex::default(),
+            launcher,
+        });
         let this = Arc::clone(&reaper);
         tokio::spawn(async move {
             loop {
@@ -100,9 +105,12 @@ impl Reaper {
     /// Starts `command` and watches it.
     ///
     /// The child gets transparent huge pages back, which the shim switches off for itself: the setting belongs to
-    /// the address space and is inherited at exec, so it is switched for the moment of the spawn. std starts the
-    /// child with vfork semantics, hence it has exec'd by the time this returns.
-    pub fn spawn(&self, command: &mut Command) -> io::Result<Child> {
+    /// the address space and is inherited at exec, so it is switched for the moment of the spawn: std waits for
+    /// the child's exec.
+    ///
+    /// # Errors
+    /// As [`Command::spawn`].
+    pub fn spawn(&self, mut command: Command) -> io::Result<Child> {
         for name in OWN_ENVIRONMENT {
             command.env_remove(name);
         }
@@ -111,11 +119,11 @@ impl Reaper {
         if thp_off {
             let _ = process::set_thp_disabled(false);
         }
-        let spawned = command.spawn();
+        let spawned = self.launcher.launch(command);
         if thp_off {
             let _ = process::set_thp_disabled(true);
         }
-        let pid = spawned?.id();
+        let pid = spawned?;
         let (sender, exit) = oneshot::channel();
         table.watched.insert(pid, sender);
         Ok(Child { pid, exit })

@@ -108,7 +108,7 @@ impl Runtime {
     /// Runs a prepared command. With `stdio` the streams are the container's; without, output is collected.
     ///
     /// The runtime's process is killed when the shim is: what it was doing is nobody's any more, and containerd has the
-    /// rest cleared by the shim's `delete`. Call it on a thread of the async runtime, which all live as long as the shim.
+    /// rest cleared by the shim's `delete`.
     pub async fn run(
         &self,
         reaper: &Reaper,
@@ -136,17 +136,13 @@ impl Runtime {
         };
         stdio.apply(&mut command);
         kbp_kernel::process::end_with_parent(&mut command);
-        let child = reaper
-            .spawn(&mut command)
-            .map_err(|error| match error.kind() {
-                std::io::ErrorKind::NotFound => failed(format!(
-                    "exec: {:?}: executable file not found in $PATH",
-                    self.binary.display()
-                )),
-                _ => cannot(error),
-            })?;
-        // The command holds the child's ends of the pipes.
-        drop(command);
+        let child = reaper.spawn(command).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => failed(format!(
+                "exec: {:?}: executable file not found in $PATH",
+                self.binary.display()
+            )),
+            _ => cannot(error),
+        })?;
 
         let mut exit = child.exit;
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());

@@ -33,7 +33,7 @@ impl Container {
         request: &CreateTaskRequest,
         around: Surroundings,
     ) -> Result<(Arc<Self>, Adoption)> {
-        check_id("container", &request.id)?;
+        check_id("container id", &request.id)?;
         let bundle = PathBuf::from(&request.bundle);
         let options = Options::decode(request.options.as_ref().unwrap_or_default())?;
         let spec = Spec::read(&bundle)?;

@@ -43,7 +43,7 @@ impl Container {
 
     /// Notes a process to be started by [`Self::start_exec`].
     pub fn add_exec(&self, request: &ExecProcessRequest) -> Result<()> {
-        check_id("exec", &request.exec_id)?;
+        check_id("exec id", &request.exec_id)?;
         self.init
             .expect("exec beside a", &[Status::CREATED, Status::RUNNING])?;
         let spec = exec_spec(&request.spec.value, request.terminal)?;

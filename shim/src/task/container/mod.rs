@@ -300,11 +300,14 @@ impl Container {
     }
 }
 
-/// containerd checks ids before it sends them; they become file names here, so a path in one is refused again.
-fn check_id(what: &str, id: &str) -> Result<()> {
+/// containerd checks ids and names before it sends them; they become file names here, so a path in one is refused again.
+///
+/// # Errors
+/// `what` with its value and what is expected.
+pub fn check_id(what: &str, id: &str) -> Result<()> {
     if id.is_empty() || id.starts_with('.') || id.starts_with('-') || id.contains('/') {
         return Err(Error::InvalidArgument(format!(
-            "{what} id {id:?} is not valid: expected letters, digits, - _ ."
+            "{what} {id:?} is not valid: expected letters, digits, - _ ."
         )));
     }
     Ok(())
