@@ -20,6 +20,11 @@ pub fn ways() -> Result<PathBuf> {
     c_program("ways")
 }
 
+/// Says its effective user, in C, static.
+pub fn effective_uid() -> Result<PathBuf> {
+    c_program("effective-uid")
+}
+
 /// The launcher that takes features of the kernel away.
 pub fn without() -> Result<PathBuf> {
     c_program("without")
