@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::support::{Arm, Shim, World, arms, refused, until};
 
 arms!(
-    all: [
+    [kbp kbp_with_crun stock_1 stock_2]: [
         a_life_in_order,
         an_init_that_ends_at_once_is_told_after_its_start,
         an_init_that_is_killed_before_its_start_is_told,
@@ -23,16 +23,16 @@ arms!(
         pause_and_resume,
         statistics_and_limits,
         what_cannot_be_done_is_refused_with_its_code,
-    ],
-    runtimes: [
-        memory_that_runs_out_is_told_before_the_end,
-        both_versions_of_the_service_answer,
+        memory_that_runs_out_is_told,
         deleting_what_was_never_started_ends_it_first,
+    ],
+    // The newer stock shim leaves the orphan to run, and crun's ps dies of such a container.
+    [kbp stock_1]: [the_end_of_an_init_takes_along_what_shares_its_pid_namespace_with_others],
+    // The stock ones know one version, and give up the creation.
+    [kbp kbp_with_crun]: [
+        both_versions_of_the_service_answer,
         a_caller_that_hangs_up_does_not_leave_half_a_container,
     ],
-    kbp: [
-        the_end_of_an_init_takes_along_what_shares_its_pid_namespace_with_others,
-    ]
 );
 
 const TERM: u32 = 15;
@@ -143,11 +143,16 @@ async fn deleting_what_was_never_started_ends_it_first(arm: Arm) {
     let world = World::new(arm).await;
     let shim = world.created("c", &["true"]).await;
     let deleted = shim.remove("c", "").await.expect("delete");
-    assert_eq!(deleted.exit_status, 128 + KILL);
-    world.wait_for("/tasks/delete").await;
+    // The stock shims answer before they know of its end.
+    let status = if arm.is_kbp() { 128 + KILL } else { 0 };
+    assert_eq!(deleted.exit_status, status);
+    let mut topics = world.wait_for("/tasks/delete").await;
+    topics.retain(|event| arm.is_kbp() || event.topic != "/tasks/exit");
+    let topics: Vec<_> = topics.iter().map(|event| event.topic.as_str()).collect();
+    let exit: &[&str] = if arm.is_kbp() { &["/tasks/exit"] } else { &[] };
     assert_eq!(
-        world.topics(),
-        ["/tasks/create", "/tasks/exit", "/tasks/delete"]
+        topics,
+        [&["/tasks/create"], exit, &["/tasks/delete"]].concat()
     );
     assert_eq!(
         world
@@ -377,7 +382,7 @@ async fn statistics_and_limits(arm: Arm) {
     );
 }
 
-async fn memory_that_runs_out_is_told_before_the_end(arm: Arm) {
+async fn memory_that_runs_out_is_told(arm: Arm) {
     let world = World::new(arm).await;
     let hog = ["sh", "-c", "x=a; while true; do x=$x$x; done"];
     world.add_bundle_with("c", &hog, |spec| {
@@ -390,10 +395,15 @@ async fn memory_that_runs_out_is_told_before_the_end(arm: Arm) {
     shim.start_init("c").await;
     assert_eq!(shim.exit_status("c", "").await, 128 + KILL);
     world.wait_for("/tasks/exit").await;
-    assert_eq!(
-        world.topics(),
-        ["/tasks/create", "/tasks/start", "/tasks/oom", "/tasks/exit"]
-    );
+    world.wait_for("/tasks/oom").await;
+    let mut topics = world.topics();
+    let mut expected = ["/tasks/create", "/tasks/start", "/tasks/oom", "/tasks/exit"];
+    // Before the end, which the stock shims do not promise.
+    if !arm.is_kbp() {
+        topics.sort();
+        expected.sort_unstable();
+    }
+    assert_eq!(topics, expected);
     shim.remove("c", "").await.expect("delete");
     world.wait_for("/tasks/delete").await;
     assert_eq!(

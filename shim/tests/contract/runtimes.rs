@@ -15,21 +15,20 @@ use serde_json::json;
 use crate::support::{Arm, World, arms, refused, until};
 
 arms!(
-    all: [
+    [kbp kbp_with_crun stock_1 stock_2]: [
         options_reach_the_runtime,
         a_runtime_that_fails_without_a_log_is_quoted,
         a_checkpoint_is_the_runtime_s_with_criu,
-    ],
-    runtimes: [
-        a_systemd_cgroup_path_is_recognised_where_systemd_runs,
         a_runtime_that_hangs_ends_with_the_shim,
         a_checkpoint_brings_a_container_back_or_is_refused,
+    ],
+    // The stock shims hold a lock meanwhile, take no TOML, and leave the driver to their caller.
+    [kbp kbp_with_crun]: [
+        a_systemd_cgroup_path_is_recognised_where_systemd_runs,
         state_answers_while_the_runtime_takes_its_time,
         cri_s_options_are_understood_from_body_and_file,
     ],
-    kbp: [
-        without_criu_a_checkpoint_is_not_implemented,
-    ]
+    [kbp]: [without_criu_a_checkpoint_is_not_implemented],
 );
 
 /// containerd gives `State` two seconds, and tears a container down whose answer comes later.
@@ -379,7 +378,12 @@ async fn a_checkpoint_brings_a_container_back_or_is_refused(arm: Arm) {
         .checkpoint(&checkpoint_request(&world, "c", true))
         .await;
     if let Err(ttrpc::Error::RpcStatus(status)) = done {
-        assert_eq!(status.code(), Code::UNIMPLEMENTED, "{}", status.message);
+        let code = if arm.is_kbp() {
+            Code::UNIMPLEMENTED
+        } else {
+            Code::UNKNOWN
+        };
+        assert_eq!(status.code(), code, "{}", status.message);
         assert!(status.message.contains("criu"), "{}", status.message);
         shim.add_exec("c", "x", &["true"]).await.expect("exec");
         shim.start_exec("c", "x").await.expect("it runs on");

@@ -80,20 +80,17 @@ pub(crate) fn run(test: impl Future<Output = ()>) {
     }
 }
 
-/// Makes tests of functions (`async fn(Arm)`), in a module for each arm: of what every shim has to do, of what concerns kbp's with
-/// either OCI runtime, and of what is kbp's with one of them.
+/// Makes tests of functions (`async fn(Arm)`), each in a module of its name with a test for each arm that it is put to.
 macro_rules! arms {
-    (all: [$($all:ident),* $(,)?], runtimes: [$($each:ident),* $(,)?], kbp: [$($kbp:ident),* $(,)?]) => {
-        arms!(@arm kbp Kbp [$($all,)* $($each,)* $($kbp,)*]);
-        arms!(@arm kbp_with_crun KbpWithCrun [$($all,)* $($each,)*]);
-        arms!(@arm stock_1 Stock1 [$($all,)*]);
-        arms!(@arm stock_2 Stock2 [$($all,)*]);
-    };
-    (@arm $module:ident $arm:ident []) => {};
-    (@arm $module:ident $arm:ident [$($function:ident,)*]) => {
-        mod $module {
-            $(#[test] fn $function() { crate::support::run(super::$function(crate::support::Arm::$arm)) })*
+    ($($arms:tt: [$($function:ident),* $(,)?],)*) => { $($(arms!(@one $function $arms);)*)* };
+    (@one $function:ident [$($arm:ident)*]) => {
+        mod $function {
+            $(#[test] fn $arm() { crate::support::run(super::$function(crate::support::arms!(@arm $arm))) })*
         }
     };
+    (@arm kbp) => { crate::support::Arm::Kbp };
+    (@arm kbp_with_crun) => { crate::support::Arm::KbpWithCrun };
+    (@arm stock_1) => { crate::support::Arm::Stock1 };
+    (@arm stock_2) => { crate::support::Arm::Stock2 };
 }
 pub(crate) use arms;

@@ -183,7 +183,8 @@ impl World {
         edit: impl FnOnce(&mut Value),
     ) -> PathBuf {
         let bundle = self.bundle(id);
-        fs::create_dir_all(&bundle).expect("make the bundle");
+        // containerd's has a directory for the runtime's work, too.
+        fs::create_dir_all(bundle.join("work")).expect("make the bundle");
         nix::unistd::mkfifo(&bundle.join("log"), nix::sys::stat::Mode::S_IRWXU)
             .expect("make the log fifo");
         // containerd reads it from the start on: without a reader a stock shim waits before its first line.
