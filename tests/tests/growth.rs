@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use kbp_tests::lab::LIMIT;
 use kbp_tests::{Lab, Pod, Runtime, Tasks, wait_until};
 
-kbp_tests::scenarios!(on [stock_on_machine, kbp_on_machine, kbp_on_v2]: one_shim_for_all, load);
+kbp_tests::scenarios!(on [stock_on_machine, stock_on_v2, kbp_on_machine, kbp_on_v2]: one_shim_for_all, load);
 
 /// What the first rounds bring may stay: buffers, threads, the allocator's arenas.
 const FIRST: u32 = 50;
@@ -167,7 +167,12 @@ fn one_shim_for_all(lab: &Lab<'_>) {
 
 /// Shims come and go as fast as they can, with a few callers at a time.
 fn load(lab: &Lab<'_>) {
-    let time = Duration::from_secs(if is_soak() { 200 } else { 3 });
+    let time = Duration::from_secs(match (is_soak(), lab.arm.runtime) {
+        (true, Runtime::Kbp) => 600,
+        // For comparison.
+        (true, Runtime::Stock) => 60,
+        (false, _) => 3,
+    });
     let tasks = Tasks::of(&lab.containerd);
     let pod = lab.pod("pod");
     for n in 0..CALLERS {
