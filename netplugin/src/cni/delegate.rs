@@ -34,15 +34,12 @@ impl<'a> Ipam<'a> {
         Plugin::find(config, call).map(Self::Plugin)
     }
 
-    /// Begins to lease addresses. A plugin runs from here on, beside whatever the caller does until it asks for
-    /// what was leased.
-    pub(crate) fn start_add(&'a self) -> Leasing<'a> {
+    /// Gets ready to lease addresses: a plugin is started, but not told yet what to do. Half of the time that it takes is its
+    /// start, which is over when the caller knows that nothing is to be refused. A plugin that is not told is killed.
+    pub(crate) fn prepare_add(&'a self) -> Prepared<'a> {
         match self {
-            Self::Local(local) => Leasing::Done(local.add()),
-            Self::Plugin(plugin) => match plugin.start(Verb::Add, &plugin.config.raw, &[]) {
-                Ok(running) => Leasing::Running(plugin, running),
-                Err(error) => Leasing::Done(Err(error)),
-            },
+            Self::Local(local) => Prepared::Local(local),
+            Self::Plugin(plugin) => Prepared::Plugin(plugin, plugin.start(Verb::Add, &[])),
         }
     }
 
@@ -76,6 +73,35 @@ impl<'a> Ipam<'a> {
         match self {
             Self::Local(local) => local.status(),
             Self::Plugin(plugin) => plugin.status(),
+        }
+    }
+}
+
+/// What is about to lease addresses.
+#[derive(Debug)]
+pub(crate) enum Prepared<'a> {
+    /// The built-in IPAM.
+    Local(&'a LocalIpam<'a>),
+    /// A plugin that waits for its input, or why it does not.
+    Plugin(&'a Plugin<'a>, Result<Running>),
+}
+
+impl<'a> Prepared<'a> {
+    /// Begins to lease. A plugin works from here on, beside whatever the caller does until it asks for what was leased.
+    pub(crate) fn begin(self) -> Leasing<'a> {
+        match self {
+            Self::Local(local) => Leasing::Done(local.add()),
+            Self::Plugin(plugin, started) => {
+                let begun = started.and_then(|mut running| {
+                    let given = running.give(&plugin.config.raw);
+                    given.map_err(|error| plugin.broke(Verb::Add, &error))?;
+                    Ok(running)
+                });
+                match begun {
+                    Ok(running) => Leasing::Running(plugin, running),
+                    Err(error) => Leasing::Done(Err(error)),
+                }
+            }
         }
     }
 }
@@ -284,16 +310,16 @@ impl<'a> Plugin<'a> {
         input: &[u8],
         environment: &[(&str, &str)],
     ) -> Result<Map<String, Value>> {
-        let running = self.start(verb, input, environment)?;
+        let running = self.start(verb, environment)?;
         self.finish(running, verb, input)
     }
 
-    fn start(&self, verb: Verb, input: &[u8], environment: &[(&str, &str)]) -> Result<Running> {
+    fn start(&self, verb: Verb, environment: &[(&str, &str)]) -> Result<Running> {
         let mut command = Command::new(&self.binary);
         command
             .env("CNI_COMMAND", verb.as_str())
             .envs(environment.iter().copied());
-        Running::start(&mut command, input, self.timeout).map_err(|error| self.broke(verb, &error))
+        Running::start(&mut command, self.timeout).map_err(|error| self.broke(verb, &error))
     }
 
     fn finish(&self, running: Running, verb: Verb, input: &[u8]) -> Result<Map<String, Value>> {

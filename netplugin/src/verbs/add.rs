@@ -12,7 +12,7 @@ use crate::attachment::Attachment;
 use crate::bridge::plan::Role;
 use crate::bridge::wire::Base;
 use crate::cni::config::Config;
-use crate::cni::delegate::{Ipam, Leased, Leasing, Promise};
+use crate::cni::delegate::{Ipam, Leased, Leasing, Prepared, Promise};
 use crate::cni::env::Call;
 use crate::cni::error::{CniError, Code, Result};
 use crate::cni::ipam::{Lease, LeasedIp, RouteConfig};
@@ -38,6 +38,8 @@ pub(crate) fn add(
         return tune(call, config, &options, &attachment, deliver);
     }
     let ipam = Ipam::find(config, call)?;
+    // An IPAM plugin takes longer than all the rest: its start is not waited for, and it is told nothing before nothing can be refused.
+    let leasing = ipam.prepare_add();
     let mut host = Side::host()?;
     let (mut pod, sandbox) = open_pod(call, &host)?;
     wire::refuse_existing(&mut host, &mut pod, &attachment)?;
@@ -52,7 +54,7 @@ pub(crate) fn add(
         promise: Promise::default(),
         made: Made::default(),
     };
-    add.run(sandbox)
+    add.run(sandbox, leasing)
         .and_then(|result| add.register(sandbox).map(|()| result))
         .and_then(|result| deliver(&result))
         .map_err(|error| add.undo(error))
@@ -107,9 +109,8 @@ struct Add<'a> {
 }
 
 impl<'a> Add<'a> {
-    fn run(&mut self, sandbox: &Path) -> Result<Value> {
-        // Before anything that is not needed to refuse the call: an IPAM plugin takes longer than all the rest.
-        let leasing = self.ipam.start_add();
+    fn run(&mut self, sandbox: &Path, leasing: Prepared<'a>) -> Result<Value> {
+        let leasing = leasing.begin();
         let mode = self.options.mode.clone();
         let uplink = UplinkMtu::find(&mut self.host.route).map_err(CniError::from);
         // The pair needs no address: it is made while the IPAM plugin works.

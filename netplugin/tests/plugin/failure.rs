@@ -42,6 +42,22 @@ fn an_interface_that_exists_in_the_pod_is_not_touched() {
 }
 
 #[test]
+fn an_ipam_plugin_is_not_told_of_an_add_that_is_refused() {
+    let world = World::new();
+    let pod = Pod::new("pod-a");
+    foreign_pair(&world, &pod, "other", "eth0");
+    let told = world.path("told");
+    world.ipam_script(
+        "own-ipam",
+        &format!("read -r _ && echo >{}", told.display()),
+    );
+    let config = world.config("1.0.0", json!({ "ipam": { "type": "own-ipam" } }));
+    failing_add(&world, &pod, &config).assert_error(102, &["eth0 exists already"]);
+    assert!(!told.exists(), "it has got the config");
+    assert!(!world.ipam_calls().contains(&"DEL".to_owned()));
+}
+
+#[test]
 fn adding_twice_fails_and_leaves_the_first_one_whole() {
     let world = World::new();
     let config = world.config("1.0.0", json!({}));
