@@ -134,10 +134,13 @@ async fn a_socket_that_nobody_serves_is_replaced(arm: Arm) {
         !Path::new(&format!("/proc/{}/exe", shim.pid)).exists()
     })
     .await;
-    assert!(
-        Path::new(shim.address.trim_start_matches("unix://")).exists(),
-        "nobody removed it"
-    );
+    let socket = Path::new(shim.address.trim_start_matches("unix://"));
+    // A process that ends lets go of its program first, and of its sockets a moment later.
+    until("the socket's end", || {
+        std::os::unix::net::UnixStream::connect(socket).is_err()
+    })
+    .await;
+    assert!(socket.exists(), "nobody removed it");
     let again = world.start_shim("c").await;
     assert_eq!(again.address, shim.address);
     assert_ne!(again.pid, shim.pid);
