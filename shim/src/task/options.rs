@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
-use containerd_shim_protos::protobuf::{CodedInputStream, Message};
+use containerd_shim_protos::protobuf::{CodedInputStream, Message, UnknownValueRef};
 use containerd_shim_protos::shim::oci;
 use serde::{Deserialize, Serialize};
 
@@ -41,6 +41,9 @@ pub struct Options {
     /// Group of the standard streams' pipes.
     #[serde(alias = "IoGid")]
     pub io_gid: u32,
+    /// The criu to use, a path that ends in `/criu`; empty: the one in PATH.
+    #[serde(alias = "CriuPath", skip_serializing_if = "String::is_empty")]
+    pub criu_path: String,
     /// Where criu keeps an image.
     #[serde(alias = "CriuImagePath", skip_serializing_if = "String::is_empty")]
     pub criu_image_path: String,
@@ -113,6 +116,7 @@ impl Options {
                 let options = oci::Options::parse_from_bytes(&any.value)
                     .map_err(|error| malformed(&error))?;
                 Ok(Self {
+                    criu_path: criu_path(&options)?,
                     binary_name: options.binary_name,
                     root: options.root,
                     systemd_cgroup: options.systemd_cgroup,
@@ -207,6 +211,15 @@ impl Options {
     }
 }
 
+/// Field 8, which containerd 2 has no more.
+fn criu_path(options: &oci::Options) -> Result<String> {
+    match options.special_fields.unknown_fields().get(8) {
+        Some(UnknownValueRef::LengthDelimited(bytes)) => String::from_utf8(bytes.to_vec())
+            .map_err(|error| Error::InvalidArgument(format!("CriuPath of the options: {error}"))),
+        _ => Ok(String::new()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -234,6 +247,9 @@ mod tests {
             let options = Options::decode(&any(name, value.clone())).expect(name);
             assert_eq!((options.binary_name.as_str(), options.io_uid), ("crun", 7));
         }
+        let with_criu = any("containerd.runc.v1.Options", b"\x42\x07/x/criu".to_vec());
+        let options = Options::decode(&with_criu).expect("of containerd 1");
+        assert_eq!(options.criu_path, "/x/criu");
         // type_url (1), config_body (3) and a field that is not known yet (4).
         let value = b"\x0a\x01t\x1a\x28SystemdCgroup = true\nIoGid = 9\nother = 1\x20\x05".to_vec();
         let options = Options::decode(&any("runtimeoptions.v1.Options", value)).expect("TOML");

@@ -28,6 +28,7 @@ arms!(
         state_answers_while_the_runtime_takes_its_time,
         cri_s_options_are_understood_from_body_and_file,
     ],
+    [kbp kbp_with_crun]: [the_criu_of_the_options_is_found_first],
     [kbp]: [without_criu_a_checkpoint_is_not_implemented],
 );
 
@@ -312,6 +313,52 @@ async fn a_checkpoint_is_the_runtime_s_with_criu(arm: Arm) {
     );
     assert!(call.ends_with(&expected), "{call}");
     assert!(!Path::new(&work).exists() || !arm.is_kbp());
+}
+
+async fn the_criu_of_the_options_is_found_first(arm: Arm) {
+    for (named, right) in [
+        ("mine/criu", true),
+        ("mine/none/criu", false),
+        ("mine/other", false),
+    ] {
+        let mut world = World::new(arm).await;
+        fs::create_dir(world.path("mine")).expect("directory");
+        for name in ["criu", "other"] {
+            fs::write(world.path("mine").join(name), "").expect("write");
+        }
+        add_runtime(
+            &mut world,
+            "[ $verb = checkpoint ] && { echo \"$PATH\" > $world/path; exit 0; }",
+        );
+        world.add_bundle("c", &["sleep", "1000"]);
+        let shim = world.start_shim("c").await;
+        let mut request = world.create_request("c");
+        // A field that containerd 2 has no more.
+        let options = request.options.as_mut().expect("options");
+        let named = world.path(named).display().to_string();
+        options
+            .value
+            .extend([0x42, u8::try_from(named.len()).expect("short")]);
+        options.value.extend(named.bytes());
+        shim.create(&request).await.expect("create");
+        shim.start_init("c").await;
+        let done = shim
+            .checkpoint(&checkpoint_request(&world, "c", false))
+            .await;
+        if right {
+            done.expect("checkpoint");
+            let path = fs::read_to_string(world.path("path")).expect("written");
+            let first = format!("{}:", world.path("mine").display());
+            assert!(path.starts_with(&first), "{path}");
+        } else {
+            let (code, message) = refused(done);
+            assert_eq!(code, Code::INVALID_ARGUMENT);
+            assert!(
+                message.contains("CriuPath") && message.contains(&named),
+                "{message}"
+            );
+        }
+    }
 }
 
 /// A shim that is killed takes along the runtime that hangs in the middle of a creation, and `delete` clears the rest.

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use containerd_shim_protos::api::{CheckpointTaskRequest, Status};
 use containerd_shim_protos::protobuf::Message;
@@ -19,7 +20,6 @@ impl Container {
         let _operation = self.init.operation.lock().await;
         self.init
             .expect("checkpoint a", &[Status::RUNNING, Status::PAUSED])?;
-        require_criu()?;
 
         let own_work = self.bundle.join("criu-work");
         let work = if options.work_path.is_empty() {
@@ -27,7 +27,7 @@ impl Container {
         } else {
             Path::new(&options.work_path)
         };
-        let mut command = self.runtime.command();
+        let mut command = self.command_with_criu()?;
         command
             .arg("checkpoint")
             .arg("--image-path")
@@ -85,7 +85,6 @@ impl Container {
 
     /// Starts from a checkpoint; returns the init's pid.
     pub(super) async fn run_restore(&self, restore: Restore) -> Result<u32> {
-        require_criu()?;
         let Restore {
             image,
             mut prepared,
@@ -96,7 +95,7 @@ impl Container {
         } else {
             Path::new(&self.options.criu_work_path)
         };
-        let mut command = self.runtime.command();
+        let mut command = self.command_with_criu()?;
         command
             .args([
                 "restore",
@@ -112,6 +111,34 @@ impl Container {
         let pid = read_pid(&self.bundle.join(PID_FILE))?;
         self.init_is(pid, prepared.start().await?);
         Ok(pid)
+    }
+
+    /// The OCI runtime's command line up to the verb, with a criu to be found in PATH, which is where every version of runc and crun looks.
+    fn command_with_criu(&self) -> Result<Command> {
+        let mut command = self.runtime.command();
+        let named = Path::new(&self.options.criu_path);
+        if named.as_os_str().is_empty() {
+            require_criu()?;
+            return Ok(command);
+        }
+        let directory = match (named.file_name(), named.parent()) {
+            (Some(name), Some(directory)) if name == "criu" && named.is_file() => directory,
+            _ => {
+                return Err(Error::InvalidArgument(format!(
+                    "CriuPath {named:?} of the options: expected is the path of a program that is named criu"
+                )));
+            }
+        };
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let all = [directory.to_owned()].into_iter();
+        let all = std::env::join_paths(all.chain(std::env::split_paths(&path)));
+        command.env(
+            "PATH",
+            all.map_err(|error| {
+                Error::InvalidArgument(format!("CriuPath {named:?} of the options: {error}"))
+            })?,
+        );
+        Ok(command)
     }
 }
 
