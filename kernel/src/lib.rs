@@ -12,6 +12,7 @@ pub mod cpu;
 pub mod error;
 pub mod ethtool;
 pub mod fd;
+pub mod gro_list;
 pub mod idmap;
 pub mod link;
 pub mod napi;

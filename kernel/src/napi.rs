@@ -20,6 +20,7 @@ const NETDEV_A_NAPI_THREADED: u16 = 8;
 
 const NAPI_GET: &str = "netdev napi-get";
 const NAPI_SET: &str = "netdev napi-set";
+const THREADED: &str = "netdev napi-set threaded";
 const BUSY_POLL: &str = "netdev napi-set threaded=busy-poll";
 
 /// How the kernel runs a NAPI instance (`napi-set threaded`).
@@ -182,6 +183,9 @@ impl NetdevSocket {
                     // The value, or the whole attribute, is not in the kernel's policy.
                     Some(libc::ERANGE | libc::EINVAL) if wants_busy_poll => {
                         unsupported(BUSY_POLL, &error)
+                    }
+                    Some(libc::EINVAL) if settings.threaded.is_some() => {
+                        unsupported(THREADED, &error)
                     }
                     _ => error,
                 }

@@ -31,7 +31,7 @@ impl NapiThread {
         Self::start_as(Threaded::BusyPoll, netns, link, napi, cpu, scheduling)
     }
 
-    /// As [`NapiThread::start`], for a thread that sleeps until a packet wakes it.
+    /// As [`NapiThread::start`], for a thread that sleeps until a packet wakes it (for single instances 6.17+).
     ///
     /// # Errors
     /// As there.
@@ -87,15 +87,15 @@ impl Drop for NapiThread {
     }
 }
 
-/// Ends busy-polling threads of a link's instances that a dead owner left; how many there were.
+/// Ends threads of this `mode` of a link's instances that a dead owner left; how many there were.
 ///
 /// # Errors
 /// [`Error::NotFound`] when there is no such link, and what the kernel says.
-pub fn stop(netns: &Netns, link: IfIndex) -> Result<usize> {
+pub fn stop(netns: &Netns, link: IfIndex, mode: Threaded) -> Result<usize> {
     let mut socket = NetdevSocket::open_in(netns)?;
     let mut stopped = 0;
     for napi in socket.napis(link)? {
-        if napi.threaded == Some(Threaded::BusyPoll) {
+        if napi.threaded == Some(mode) {
             set(&mut socket, napi.id, Threaded::Disabled)?;
             stopped += 1;
         }

@@ -10,7 +10,7 @@
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -156,6 +156,8 @@ struct Shared {
     /// The plan is another one, and the thread has not looked at it yet.
     stale: AtomicBool,
     changed: Condvar,
+    /// Rounds over all sockets.
+    rounds: AtomicU64,
 }
 
 /// What the thread is to do. It works on a copy.
@@ -213,6 +215,7 @@ impl Shared {
                     // Whatever it says: what matters is what it does on the way.
                     let _ = primed.socket.recv(&mut [0; 8]);
                 }
+                self.rounds.fetch_add(1, Ordering::Relaxed);
             }
         }
     }
@@ -235,6 +238,7 @@ impl PollSockets {
             }),
             stale: AtomicBool::new(false),
             changed: Condvar::new(),
+            rounds: AtomicU64::new(0),
         });
         let of_thread = Arc::clone(&shared);
         let (told, thread_id) = mpsc::sync_channel(1);
@@ -302,6 +306,11 @@ impl PollSockets {
     /// Whether the thread sleeps now.
     pub fn is_asleep(&self) -> bool {
         self.shared.lock().asleep
+    }
+
+    /// How often it has gone over all its sockets.
+    pub fn rounds(&self) -> u64 {
+        self.shared.rounds.load(Ordering::Relaxed)
     }
 
     /// Thread id, of a thread of the calling process.

@@ -6,8 +6,8 @@ mod link;
 mod supervise;
 
 pub use link::{
-    masquerade, napi_settings, netdev_family, threaded_busy_poll, veth_features, veth_napi,
-    veth_packet,
+    masquerade, napi_settings, netdev_family, threaded, threaded_busy_poll, veth_features,
+    veth_napi, veth_packet,
 };
 pub use supervise::{pidfd_getfd, seccomp_notify, seccomp_sync_wake_up};
 

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kbp_kernel::link::{LinkEvents, RouteSocket};
+use kbp_kernel::napi::Threaded;
 use kbp_kernel::netns::Netns;
 use kbp_kernel::{CpuSet, IfIndex, NapiId, napi_thread};
 use nix::sys::eventfd::EventFd;
@@ -243,20 +244,22 @@ impl AttachRequest {
 
 /// Unlike other workers, a NAPI's own thread does not end with its owner.
 fn end_kthreads(state: &PodState) {
-    if state.worker.as_ref().is_none_or(|w| w.kind != "kthread") {
-        return;
-    }
+    let mode = match state.worker.as_ref().map(|w| w.kind.as_str()) {
+        Some("kthread") => Threaded::BusyPoll,
+        Some("threaded") => Threaded::Enabled,
+        _ => return,
+    };
     for interface in &state.interfaces {
         let ended = Netns::current().and_then(|host| {
             let link = RouteSocket::open_in(&host)?.link_by_name(&interface.host_interface)?;
             // Its number may be another link's by now.
             match link.filter(|l| l.index == IfIndex(interface.host_ifindex)) {
-                Some(link) => napi_thread::stop(&host, link.index),
+                Some(link) => napi_thread::stop(&host, link.index, mode),
                 None => Ok(0),
             }
         });
         if let Err(error) = ended {
-            tracing::warn!(%error, "a NAPI thread may go on polling");
+            tracing::warn!(%error, "a NAPI may keep its thread");
         }
     }
 }
@@ -329,7 +332,7 @@ impl Parts {
         } else {
             placing.plan_among(pods, &kept.loads())
         };
-        let placed = kept.workers.join(plan, &request.config);
+        let placed = kept.workers.join(plan, &placing);
         if let Some((key, _)) = placed.worker
             && let wanted = kept.workers.wanted(key, &self.findings)
             && let Err(reason) = kept.workers.poll(key, &mut self.polled, &wanted, tuner)
@@ -458,6 +461,7 @@ impl Parts {
 fn placing(request: &AttachRequest) -> Placing {
     Placing {
         asked: request.policy.worker,
+        profile: request.policy.profile,
         cpuset: request.cpuset.clone(),
         sockets: request.sockets(),
         config: request.config.clone(),

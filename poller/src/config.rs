@@ -36,6 +36,8 @@ pub enum Feature {
     Napi,
     /// Polling by the NAPI's own kernel thread: dedicated workers are rings instead.
     Kthread,
+    /// The NAPIs' own threads, woken by packets: workers of the profile `throughput` are rings instead.
+    Threaded,
     /// Polling by io_uring kernel threads: workers are sockets instead.
     Sqpoll,
     /// Polling through sockets of kbp's own.
@@ -50,9 +52,10 @@ pub enum Feature {
 
 impl Feature {
     /// Every feature that can be switched off.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Napi,
         Self::Kthread,
+        Self::Threaded,
         Self::Sqpoll,
         Self::Socket,
         Self::SeccompNotify,
@@ -66,6 +69,7 @@ impl fmt::Display for Feature {
         f.pad(match self {
             Self::Napi => "napi",
             Self::Kthread => "kthread",
+            Self::Threaded => "threaded",
             Self::Sqpoll => "sqpoll",
             Self::Socket => "socket",
             Self::SeccompNotify => "seccomp-notify",

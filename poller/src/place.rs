@@ -10,7 +10,7 @@ use crate::claim::{self, Site};
 use crate::config::Config;
 use crate::engine::WorkerKey;
 use crate::kubelet;
-use crate::policy::WorkerPolicy;
+use crate::policy::{Profile, WorkerPolicy};
 use crate::state::{self, PodState, WorkerState};
 use crate::worker::{self, Plan, Sockets};
 
@@ -18,6 +18,7 @@ use crate::worker::{self, Plan, Sockets};
 #[derive(Debug, Clone)]
 pub(crate) struct Placing {
     pub(crate) asked: WorkerPolicy,
+    pub(crate) profile: Profile,
     pub(crate) cpuset: Option<CpuSet>,
     pub(crate) sockets: Sockets,
     pub(crate) config: Config,

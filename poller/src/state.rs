@@ -93,11 +93,11 @@ pub struct InterfaceState {
 /// The worker of a pod.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerState {
-    /// `kthread`, `sqpoll` or `socket`.
+    /// `kthread`, `threaded`, `sqpoll` or `socket`.
     pub kind: String,
     /// What the policy came to: `dedicated`, `shared` or `idle`.
     pub policy: WorkerPolicy,
-    /// Thread id; 0 for a `kthread`, of which the kernel makes a new one each time it wakes.
+    /// Thread id; 0 for a `kthread` or `threaded`, of which the kernel makes a new one each time it wakes.
     pub tid: u32,
     /// Its CPU.
     pub cpu: u32,

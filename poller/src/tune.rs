@@ -1,6 +1,7 @@
 //! Makes a veth pollable: GRO on and TSO off at both ends, a qdisc at both ends, NAPI ids.
 
 use kbp_kernel::ethtool::{self, Features};
+use kbp_kernel::gro_list::GroList;
 use kbp_kernel::link::{Batch, RouteSocket};
 use kbp_kernel::napi::{Napi, NetdevSocket};
 use kbp_kernel::netns::Netns;
@@ -39,6 +40,9 @@ pub(crate) struct Offloads {
     host: Features,
     #[serde(with = "FeaturesFile")]
     pod: Features,
+    /// `rx-gro-list` of the host end, where the profile changes it.
+    #[serde(default)]
+    gro_list: Option<bool>,
 }
 
 /// How [`Features`] are written to a file.
@@ -95,6 +99,13 @@ impl Tuner {
         Ok(Offloads {
             host: ethtool::features(&self.host, &endpoint.host_name)?,
             pod: ethtool::features(&self.pod, &endpoint.pod_name)?,
+            gro_list: match self.profile {
+                Profile::Latency => None,
+                // Not known, not changed either.
+                Profile::Throughput => GroList::open_in(&self.host)
+                    .and_then(|mut lists| lists.is_on(endpoint.host_index))
+                    .ok(),
+            },
         })
     }
 
@@ -102,7 +113,10 @@ impl Tuner {
     pub(crate) fn restore(&self, endpoint: &Endpoint, before: Offloads) -> Result<()> {
         let host = ethtool::set_features(&self.host, &endpoint.host_name, before.host);
         let pod = ethtool::set_features(&self.pod, &endpoint.pod_name, before.pod);
-        for outcome in [host, pod] {
+        let list = before.gro_list.map_or(Ok(()), |on| {
+            GroList::open_in(&self.host)?.set(endpoint.host_index, on)
+        });
+        for outcome in [host, pod, list] {
             match outcome {
                 Ok(()) | Err(Error::NotFound { .. }) => {}
                 Err(e) => return Err(e),
@@ -126,6 +140,8 @@ impl Tuner {
             self.one_end(netns, name, index)
                 .map_err(|e| format!("{}: {e}", endpoint.pod_name))?;
         }
+        self.datagrams(endpoint)
+            .map_err(|e| format!("{}: {e}", endpoint.pod_name))?;
         let mut found = Vec::new();
         for (end, netns, name, index) in ends {
             let napis = match napis_of(netns, index) {
@@ -156,6 +172,23 @@ impl Tuner {
             tuned.pod_napis = std::mem::take(pod);
         }
         Ok(())
+    }
+
+    /// A sender with TSO on hands its datagrams to the host end's NAPI when that chains them. Without TSO all packets come there, and
+    /// chained TCP could not be sent on as large segments.
+    fn datagrams(&self, endpoint: &Endpoint) -> Result<(), String> {
+        if self.profile != Profile::Throughput {
+            return Ok(());
+        }
+        let sender = ethtool::features(&self.pod, &endpoint.pod_name).map_err(|e| e.to_string())?;
+        let set = || -> Result<()> {
+            let mut lists = GroList::open_in(&self.host)?;
+            if lists.is_on(endpoint.host_index)? != sender.tso {
+                lists.set(endpoint.host_index, sender.tso)?;
+            }
+            Ok(())
+        };
+        set().map_err(|e| format!("UDP passes no NAPI of {}: {e}", endpoint.host_name))
     }
 
     /// Lets packets wait for nobody any more; fine when the veth is gone.

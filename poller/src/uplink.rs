@@ -26,7 +26,7 @@ use crate::due::timeout_until;
 use crate::engine::{Engine, WorkerKey};
 use crate::pace::Pace;
 use crate::place::Placing;
-use crate::policy::WorkerPolicy;
+use crate::policy::{Profile, WorkerPolicy};
 use crate::state::WorkerState;
 use crate::worker::Sockets;
 use crate::{Error, Result};
@@ -74,6 +74,7 @@ impl Engine {
             host: host.try_clone()?,
             placing: Placing {
                 asked,
+                profile: Profile::Latency,
                 cpuset: None,
                 sockets: Sockets::Poll,
                 config: config.clone(),
@@ -280,7 +281,7 @@ impl Keeping {
         }
         let mut kept = self.engine.lock();
         let plan = self.placing.plan(&kept.loads());
-        let placed = kept.workers.join(plan, &self.placing.config);
+        let placed = kept.workers.join(plan, &self.placing);
         let (key, state) = placed.worker.ok_or(placed.reason)?;
         self.worker = Some((key, state));
         Ok(key)

@@ -18,7 +18,7 @@ use kbp_kernel::{CpuId, CpuSet, NapiId};
 use crate::Error;
 use crate::claim::{self, Claim, Site};
 use crate::config::Config;
-use crate::policy::WorkerPolicy;
+use crate::policy::{Profile, WorkerPolicy};
 use crate::state::WorkerState;
 use idle::IdleStay;
 pub(crate) use kind::Target;
@@ -69,6 +69,11 @@ impl Worker {
     /// Whether it is parked now.
     pub(crate) fn is_parked(&self) -> bool {
         self.poller.is_asleep()
+    }
+
+    /// How often it has gone over its instances, where that is counted.
+    pub(crate) fn rounds(&self) -> Option<u64> {
+        self.poller.rounds()
     }
 
     /// CPU time that it has used: it polls without a pause while it is awake.
@@ -221,6 +226,7 @@ fn is_real_part(cpuset: Option<&CpuSet>, online: &CpuSet) -> bool {
 /// Makes the worker of a [`Plan::On`], of the first kind that works; it is parked. On error why none does.
 pub(crate) fn make(
     policy: WorkerPolicy,
+    profile: Profile,
     cpu: CpuId,
     claim: Option<Claim>,
     config: &Config,
@@ -229,7 +235,7 @@ pub(crate) fn make(
         WorkerPolicy::Idle => Scheduling::Idle,
         _ => Scheduling::Other(0),
     };
-    let (kind, poller) = kind::first_that_works(policy, Seat { cpu, scheduling }, config)?;
+    let (kind, poller) = kind::first_that_works(policy, profile, Seat { cpu, scheduling }, config)?;
     let (stay, caveat) = match scheduling {
         Scheduling::Idle => match idle::enter(poller.thread_id()) {
             Ok(stay) => (stay, None),
@@ -266,7 +272,6 @@ mod tests {
     use kbp_kernel::cpu::Topology;
 
     use super::*;
-    use crate::policy::Profile;
     use crate::state::{PodState, SocketCounters};
 
     fn set(text: &str) -> CpuSet {

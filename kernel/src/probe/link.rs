@@ -110,12 +110,24 @@ pub fn napi_settings() -> Result<()> {
 /// # Errors
 /// [`Error::Unsupported`] when the kernel does not have it.
 pub fn threaded_busy_poll() -> Result<()> {
+    thread_of_napi(Threaded::BusyPoll)
+}
+
+/// `napi-set threaded=enabled` works on a throw-away veth.
+///
+/// # Errors
+/// [`Error::Unsupported`] when the kernel does not have it.
+pub fn threaded() -> Result<()> {
+    thread_of_napi(Threaded::Enabled)
+}
+
+fn thread_of_napi(mode: Threaded) -> Result<()> {
     let mut veth = PolledVeth::new()?;
     let threaded = |threaded| NapiSettings {
         threaded: Some(threaded),
         ..NapiSettings::default()
     };
-    let result = veth.socket.set(veth.napi.id, threaded(Threaded::BusyPoll));
+    let result = veth.socket.set(veth.napi.id, threaded(mode));
     // Its thread would spin until the namespace is taken down, which is later than now.
     if result.is_ok() {
         veth.socket

@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::process::Command;
 
-use kbp_kernel::Error;
 use kbp_kernel::ethtool::{Features, features, set_features};
+use kbp_kernel::gro_list::GroList;
+use kbp_kernel::link::RouteSocket;
 use kbp_kernel::netns::Netns;
+use kbp_kernel::{Error, IfIndex};
 
 use crate::pair::Pair;
 
@@ -103,4 +105,31 @@ fn a_device_that_does_not_follow_is_named_with_the_feature() {
         error.to_string(),
         "TCP segmentation offload (TSO) on is not available: link eth0 does not take it over"
     );
+}
+
+#[test]
+fn datagrams_are_chained_where_that_is_switched_on() {
+    let pair = Pair::new();
+    set_features(&pair.host, "kbphost", POLLABLE).expect("make pollable");
+    let index = |netns: &Netns, name: &str| {
+        let mut links = RouteSocket::open_in(netns).expect("open");
+        let link = links.link_by_name(name).expect("read");
+        link.expect("it is there").index
+    };
+    let link = index(&pair.host, "kbphost");
+    let mut lists = GroList::open_in(&pair.host).expect("open");
+    assert!(!lists.is_on(link).expect("read"));
+    for on in [true, true, false] {
+        lists.set(link, on).expect("switch");
+        assert_eq!(lists.is_on(link).expect("read"), on);
+        let state = shown(&pair.host, "kbphost");
+        assert_eq!(state["rx-gro-list"], on, "{state:?}");
+        assert!(state["generic-receive-offload"], "{state:?}");
+    }
+    for error in [
+        lists.is_on(IfIndex(9999)).expect_err("no such link"),
+        lists.set(IfIndex(9999), true).expect_err("no such link"),
+    ] {
+        assert_eq!(error.to_string(), "link 9999 not found");
+    }
 }

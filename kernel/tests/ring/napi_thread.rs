@@ -81,13 +81,19 @@ fn it_polls_where_it_was_told_and_softirq_has_the_instance_back_afterwards() {
 fn a_thread_that_nobody_owns_is_ended() {
     let road = Road::new();
     let link = road.pair.host_link.index;
-    assert_eq!(napi_thread::stop(&road.pair.host, link).expect("none"), 0);
+    assert_eq!(
+        napi_thread::stop(&road.pair.host, link, Threaded::BusyPoll).expect("none"),
+        0
+    );
     if probe::threaded_busy_poll().is_err() {
         return;
     }
     let thread = start(&road).expect("thread");
     // As if its owner had died.
     std::mem::forget(thread);
-    assert_eq!(napi_thread::stop(&road.pair.host, link).expect("one"), 1);
+    assert_eq!(
+        napi_thread::stop(&road.pair.host, link, Threaded::BusyPoll).expect("one"),
+        1
+    );
     assert_eq!(napi(&road).threaded, Some(Threaded::Disabled));
 }

@@ -1,7 +1,7 @@
 //! What the daemon tells Prometheus.
 //!
-//! All of it is read when it is asked for: nothing is counted twice, and an idle daemon does no work for it. A round of a
-//! worker is not counted by the kernel; the time its thread has run is, and it polls for all of that time.
+//! All of it is read when it is asked for: nothing is counted twice, and an idle daemon does no work for it. The rounds of a
+//! worker are counted where they are this process' own, since the kernel counts none; the time its thread has run is known of all.
 
 use std::sync::atomic::AtomicU64;
 
@@ -202,6 +202,7 @@ fn of_workers(registry: &mut Registry, snapshot: &Snapshot) {
     let pods = Family::<Labels, Gauge>::default();
     let uplinks = Family::<Labels, Gauge>::default();
     let renewals = Family::<Labels, Counter>::default();
+    let rounds = Family::<Labels, Counter>::default();
     let rate = Family::<Labels, Gauge>::default();
     for worker in &snapshot.workers {
         let labels: Labels = vec![
@@ -223,6 +224,9 @@ fn of_workers(registry: &mut Registry, snapshot: &Snapshot) {
             .get_or_create(&labels)
             .set(i64::try_from(worker.uplinks).unwrap_or(i64::MAX));
         renewals.get_or_create(&labels).inc_by(worker.renewals);
+        if let Some(counted) = worker.rounds {
+            rounds.get_or_create(&labels).inc_by(counted);
+        }
         rate.get_or_create(&labels)
             .set(i64::try_from(worker.rate).unwrap_or(i64::MAX));
     }
@@ -241,6 +245,11 @@ fn of_workers(registry: &mut Registry, snapshot: &Snapshot) {
     registry.register("worker_parked", "1 while a worker is parked", parked);
     registry.register("worker_pods", "Pods that a worker polls", pods);
     registry.register("worker_uplinks", "Uplinks that a worker polls", uplinks);
+    registry.register(
+        "worker_rounds",
+        "How often a worker of kind socket has gone over its pods; the kernel counts no rounds of the others",
+        rounds,
+    );
     registry.register("worker_lease_renewals", "Leases started", renewals);
     registry.register(
         "worker_packets_per_second",

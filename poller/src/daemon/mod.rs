@@ -103,6 +103,7 @@ pub fn serve(options: Options, signals: &SignalFd) -> Result<()> {
     let sockets = Sockets::open(&options)?;
     capabilities::drop_others()?;
     raise_descriptor_limit();
+    reserve_descriptors();
     let engine = Engine::start()?;
     uplink::clear(&options.config.state_dir)?;
     let mut uplinks = Vec::new();
@@ -137,6 +138,20 @@ fn raise_descriptor_limit() {
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(errno) = raised {
         tracing::warn!(%errno, "the limit of open files could not be raised");
+    }
+}
+
+/// Has the kernel make the table of descriptors as large as it may get, while there is one thread. Later each doubling would have the
+/// attach that needs it wait for an RCU grace period (expand_fdtable in fs/file.c), and with it every other thread that opens something.
+fn reserve_descriptors() {
+    use nix::fcntl::{FcntlArg, fcntl};
+    const EACH: usize = 8;
+    let most = i32::try_from(service::MAX_PODS * EACH).unwrap_or(i32::MAX);
+    // A hard limit below that is as much as there will be.
+    let reserved = fcntl(std::io::stderr(), FcntlArg::F_DUPFD_CLOEXEC(most - 1));
+    let closed = reserved.and_then(|fd| nix::unistd::close(fd));
+    if let Err(errno) = closed {
+        tracing::debug!(%errno, "the table of open files grows as it is needed");
     }
 }
 

@@ -31,7 +31,7 @@ use crate::window::Window;
 use crate::{Error, state};
 
 /// Most attachments: twice what the kubelet's largest nodes run, and far below what a filter of link events takes.
-const MAX_PODS: usize = 1000;
+pub(super) const MAX_PODS: usize = 1000;
 
 /// A pod's namespace and id.
 type Name = (String, String);
@@ -176,9 +176,9 @@ impl Service {
         self.engine.changed()
     }
 
-    /// Returns only when the engine's lock can be had.
+    /// Returns only when the engine works.
     pub(super) fn touch(&self) {
-        drop(self.engine.lock());
+        self.engine.touch();
     }
 
     /// Detaches everything.

@@ -41,13 +41,12 @@ fn choose(pods: &[Load], cores: &[CpuId], hot: u64) -> Option<(PodKey, CpuId)> {
 impl Kept {
     /// Moves at most one pod; how many it were.
     pub(super) fn rebalance(&mut self) -> u64 {
-        let load_of = |(key, pod): (&PodKey, &Pod)| match pod.worker {
-            Some(WorkerKey::Shared(cpu)) => Some(Load {
+        let load_of = |(key, pod): (&PodKey, &Pod)| {
+            Some(Load {
                 pod: *key,
-                cpu,
+                cpu: pod.worker?.shared_cpu()?,
                 rate: pod.rate,
-            }),
-            _ => None,
+            })
         };
         let pods: Vec<Load> = self.pods.iter().filter_map(load_of).collect();
         let Some(config) = pods
@@ -78,7 +77,7 @@ impl Kept {
     pub(crate) fn loads(&self) -> BTreeMap<CpuId, u64> {
         let mut loads = BTreeMap::new();
         for pod in self.pods.values() {
-            if let Some(WorkerKey::Shared(cpu)) = pod.worker {
+            if let Some(cpu) = pod.worker.and_then(WorkerKey::shared_cpu) {
                 *loads.entry(cpu).or_default() += pod.rate;
             }
         }

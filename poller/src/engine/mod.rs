@@ -3,7 +3,8 @@
 //!
 //! The thread renews the leases of [`workers`] while packets flow and lets them park when they do not; on link events it
 //! looks at a [`pod`]'s links anew and tunes what changed; once a second it looks whether namespaces have vanished, and
-//! [`balance`]s the load. All of that is behind one lock, which is held for milliseconds.
+//! [`balance`]s the load. What it keeps is behind one lock, which it takes for one pod at a time, and not while it asks the kernel for
+//! a pod's links: whoever attaches does not wait until it has been through all of them.
 
 mod balance;
 mod latency;
@@ -30,6 +31,7 @@ use crate::due::timeout_until;
 use crate::state::PodState;
 use crate::{Error, Result};
 pub(crate) use latency::Latency;
+use pod::Seen;
 pub(crate) use pod::{Pod, PodKey};
 pub use snapshot::{PodSnapshot, Snapshot, WorkerSnapshot};
 pub(crate) use workers::{WorkerKey, Workers};
@@ -66,6 +68,8 @@ struct Shared {
     /// Written to when the state of any pod changes.
     changed: Arc<EventFd>,
     stop: AtomicBool,
+    /// Held by who waits for `kept`, so that whoever takes that again and again does not overtake him.
+    turn: Mutex<()>,
     kept: Mutex<Kept>,
 }
 
@@ -128,6 +132,7 @@ impl Engine {
             wake,
             changed: Arc::new(event()?),
             stop: AtomicBool::new(false),
+            turn: Mutex::new(()),
         });
         let run = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
@@ -199,7 +204,15 @@ impl Engine {
         kept.workers.release(&mut pod);
         kept.follow_hosts();
         kept.latency_of_pods();
+        drop(kept);
+        pod.look.end();
         self.changed_handle().write(1).ok();
+    }
+
+    /// Returns only when the lock can be had and the look that is under way has come to an end.
+    pub(crate) fn touch(&self) {
+        let looks: Vec<_> = self.lock().pods.values().map(Pod::look).collect();
+        looks.iter().for_each(|look| look.wait());
     }
 
     /// Has a pod's links looked at again.
@@ -218,7 +231,7 @@ impl Engine {
     pub(crate) fn busy_polled(&self) -> (Vec<(PodState, u64)>, Option<u64>) {
         let handles: Vec<(PodState, Netns)> = {
             let kept = self.lock();
-            let of = |pod: &Pod| Some((pod.record.state(), pod.tuner.pod.try_clone().ok()?));
+            let of = |pod: &Pod| Some((pod.record.state(), pod.tuner().pod.try_clone().ok()?));
             kept.pods.values().filter_map(of).collect()
         };
         // Without the lock: a namespace is entered for each.
@@ -248,6 +261,7 @@ impl Drop for Handle {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Kept> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         // A panic in between leaves at worst a pod half looked at; the next look mends it.
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -269,16 +283,50 @@ impl Shared {
             if self.stop.load(Ordering::Acquire) {
                 return;
             }
-            let mut kept = self.lock();
             for event in ready.iter().take(count) {
                 match event.data() {
                     WAKE => drop(self.wake.read()),
-                    HOST_EVENTS => kept.host_events(),
-                    key => kept.pod_events(PodKey(key)),
+                    HOST_EVENTS => self.lock().host_events(),
+                    key => self.lock().pod_events(PodKey(key)),
                 }
             }
-            kept.work(Instant::now());
+            self.work(Instant::now());
         }
+    }
+
+    fn work(&self, now: Instant) {
+        let mut moved_ends = false;
+        for key in self.due(|pod| pod.is_refresh_due(now)) {
+            let Some(look) = self.of(key, |pod| pod.begin_look(now)) else {
+                continue;
+            };
+            if let Some(seen) = look.take() {
+                moved_ends |= self.lock().seen(key, seen);
+            }
+        }
+        if moved_ends {
+            self.lock().follow_hosts();
+        }
+        for key in self.due(|pod| pod.is_tick_due(now)) {
+            self.lock().tick(key, now);
+        }
+        if self.lock().renew(now) {
+            for key in self.due(Pod::has_path) {
+                self.of(key, Pod::look_for_namespace);
+            }
+            self.lock().end_survey(now);
+        }
+    }
+
+    fn due(&self, is_due: impl Fn(&Pod) -> bool) -> Vec<PodKey> {
+        let kept = self.lock();
+        let due = kept.pods.iter().filter(|(_, pod)| is_due(pod));
+        due.map(|(key, _)| *key).collect()
+    }
+
+    /// What `act` says of a pod; None when it has gone meanwhile.
+    fn of<T>(&self, key: PodKey, act: impl FnOnce(&mut Pod) -> T) -> Option<T> {
+        self.lock().pods.get_mut(&key).map(act)
     }
 }
 
@@ -337,42 +385,35 @@ impl Kept {
         self.latency.hold(asked);
     }
 
-    fn work(&mut self, now: Instant) {
-        let refresh: Vec<PodKey> = self
-            .pods
-            .iter()
-            .filter(|(_, pod)| pod.is_refresh_due(now))
-            .map(|(key, _)| *key)
-            .collect();
-        let mut moved_ends = false;
-        for key in refresh {
-            if let Some(pod) = self.pods.get_mut(&key) {
-                moved_ends |= pod.refresh(&mut self.workers, now);
-                pod.start_ticking(self.epoch);
-            }
+    /// Whether the host ends of a pod are others.
+    fn seen(&mut self, key: PodKey, seen: Seen) -> bool {
+        let Some(pod) = self.pods.get_mut(&key) else {
+            return false;
+        };
+        let moved = pod.seen(&mut self.workers, seen);
+        pod.start_ticking(self.epoch);
+        moved
+    }
+
+    fn tick(&mut self, key: PodKey, now: Instant) {
+        if let Some(pod) = self.pods.get_mut(&key)
+            && pod.tick(&mut self.counters, now, self.epoch)
+        {
+            self.workers.ask_for_lease(pod);
         }
-        if moved_ends {
-            self.follow_hosts();
-        }
-        for pod in self.pods.values_mut() {
-            if pod.is_tick_due(now) && pod.tick(&mut self.counters, now, self.epoch) {
-                self.workers.ask_for_lease(pod);
-            }
-        }
+    }
+
+    /// Starts the leases that were asked for; true when namespaces and loads are to be looked at.
+    fn renew(&mut self, now: Instant) -> bool {
         self.workers.loads = self.loads();
         self.workers.renew();
         if self.survey_at.is_none() && self.is_survey_wanted() {
             self.survey_at = Some(now + SURVEY);
         }
-        if self.survey_at.is_some_and(|at| now >= at) {
-            self.survey(now);
-        }
+        self.survey_at.is_some_and(|at| now >= at)
     }
 
-    fn survey(&mut self, now: Instant) {
-        for pod in self.pods.values_mut() {
-            pod.look_for_namespace();
-        }
+    fn end_survey(&mut self, now: Instant) {
         self.moves += self.rebalance();
         self.survey_at = self.is_survey_wanted().then_some(now + SURVEY);
     }

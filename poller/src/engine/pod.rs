@@ -1,7 +1,7 @@
 //! One pod: its links, what polls them, and when to look at it again.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kbp_kernel::link::{LinkEvents, RouteSocket};
@@ -35,10 +35,61 @@ impl PodKey {
     pub(super) const FIRST: Self = Self(16);
 }
 
+/// A look at a pod's links and the mending of what is not as it should be: half a millisecond of questions to the kernel, so it is done
+/// without the engine's lock.
+#[derive(Debug)]
+pub(super) struct Look {
+    tuner: Tuner,
+    /// Nothing is mended any more once the pod is let go.
+    ended: Mutex<bool>,
+}
+
+/// What a look has found.
+pub(super) type Seen = crate::Result<Option<(Vec<Endpoint>, Findings)>>;
+
+impl Look {
+    pub(super) fn tuner(&self) -> &Tuner {
+        &self.tuner
+    }
+
+    /// Looks, unless the pod has been let go.
+    pub(super) fn take(&self) -> Option<Seen> {
+        let ended = self.ended();
+        (!*ended).then(|| self.look())
+    }
+
+    /// Waits for the look that is under way; there is none after it.
+    pub(super) fn end(&self) {
+        *self.ended() = true;
+    }
+
+    /// Waits for the look that is under way.
+    pub(super) fn wait(&self) {
+        drop(self.ended());
+    }
+
+    fn ended(&self) -> MutexGuard<'_, bool> {
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn look(&self) -> Seen {
+        Ok(match endpoint::find(&self.tuner.host, &self.tuner.pod)? {
+            Found::Endpoints {
+                veths,
+                not_pollable,
+            } => {
+                let findings = Findings::gather(&self.tuner, &veths, not_pollable);
+                Some((veths, findings))
+            }
+            Found::Empty | Found::HostNetwork => None,
+        })
+    }
+}
+
 /// A kept pod.
 #[derive(Debug)]
 pub(crate) struct Pod {
-    pub(crate) tuner: Tuner,
+    pub(super) look: Arc<Look>,
     pub(crate) endpoints: Vec<Endpoint>,
     pub(crate) record: Arc<Record>,
     pub(crate) placing: Placing,
@@ -77,7 +128,10 @@ impl Pod {
         let now = Instant::now();
         let own_cpu = placing.asked == WorkerPolicy::Dedicated;
         Self {
-            tuner,
+            look: Arc::new(Look {
+                tuner,
+                ended: Mutex::new(false),
+            }),
             endpoints,
             record,
             placing,
@@ -107,6 +161,14 @@ impl Pod {
         self.pace = Pace::new(self.counted, own_cpu);
     }
 
+    pub(super) fn tuner(&self) -> &Tuner {
+        self.look.tuner()
+    }
+
+    pub(super) fn look(&self) -> Arc<Look> {
+        Arc::clone(&self.look)
+    }
+
     pub(super) fn events(&self) -> &LinkEvents {
         &self.events
     }
@@ -125,7 +187,7 @@ impl Pod {
 
     /// Whether another worker could take over what it does.
     pub(super) fn is_movable(&self) -> bool {
-        self.rate > 0 && self.worker.is_some_and(|w| w.is_shared())
+        self.rate > 0 && self.worker.and_then(WorkerKey::shared_cpu).is_some()
     }
 
     pub(super) fn packets(&self) -> u64 {
@@ -211,21 +273,22 @@ impl Pod {
         sum
     }
 
-    /// Looks at its links anew, and has its worker poll what is there now. Whether its host ends are others.
-    pub(super) fn refresh(&mut self, workers: &mut Workers, now: Instant) -> bool {
+    /// A look at its links begins: what happens from now on wants another.
+    pub(super) fn begin_look(&mut self, now: Instant) -> Arc<Look> {
         self.refresh_at = None;
         self.refreshed = now;
+        self.look()
+    }
+
+    /// Has its worker poll what there is now. Whether its host ends are others.
+    pub(super) fn seen(&mut self, workers: &mut Workers, seen: Seen) -> bool {
         let before: Vec<IfIndex> = self.host_ends().collect();
-        match endpoint::find(&self.tuner.host, &self.tuner.pod) {
-            Ok(Found::Endpoints {
-                veths,
-                not_pollable,
-            }) => {
-                let findings = Findings::gather(&self.tuner, &veths, not_pollable);
+        match seen {
+            Ok(Some((veths, findings))) => {
                 self.endpoints = veths;
                 self.follow(workers, findings);
             }
-            Ok(Found::Empty | Found::HostNetwork) => {
+            Ok(None) => {
                 // Only its worker goes: another interface may come.
                 self.endpoints.clear();
                 workers.release(self);
@@ -243,7 +306,8 @@ impl Pod {
 
     /// Its links could not be read, or its worker could not take over all of it.
     fn retry_later(&mut self) {
-        self.refresh_at = Some(Instant::now() + self.retry);
+        let later = Instant::now() + self.retry;
+        self.refresh_at = Some(self.refresh_at.map_or(later, |at| at.min(later)));
         self.retry = (self.retry * 2).min(MOST_RETRY);
     }
 

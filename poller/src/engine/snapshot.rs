@@ -31,6 +31,8 @@ pub struct WorkerSnapshot {
     pub renewals: u64,
     /// Whether it is parked now.
     pub parked: bool,
+    /// How often it has gone over its pods: of a `socket` only, since the kernel does not count the rounds of the others.
+    pub rounds: Option<u64>,
     /// Time its thread has run, which is the time it was not parked.
     pub busy: Duration,
     /// Time since it was made.
@@ -69,6 +71,7 @@ impl Kept {
                 uplinks: slot.users().saturating_sub(of().count()),
                 renewals: slot.renewals,
                 parked: slot.worker.is_parked(),
+                rounds: slot.worker.rounds(),
                 busy: slot.busy(),
                 age: now - slot.made,
                 rate: of().map(|p| p.rate).sum(),

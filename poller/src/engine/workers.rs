@@ -10,9 +10,8 @@ use kbp_kernel::{CpuId, IfIndex, NapiId};
 
 use super::Pod;
 use crate::claim::Claim;
-use crate::config::Config;
-use crate::place::Placed;
-use crate::policy::WorkerPolicy;
+use crate::place::{Placed, Placing};
+use crate::policy::{Profile, WorkerPolicy};
 use crate::record::{End, Findings, Napis};
 use crate::state::WorkerState;
 use crate::tune::Tuner;
@@ -23,6 +22,8 @@ use crate::worker::{self, Plan, Target, Worker};
 pub(crate) enum WorkerKey {
     /// The shared one of a CPU.
     Shared(CpuId),
+    /// The shared one of a CPU for pods of the profile `throughput`.
+    Throughput(CpuId),
     /// The idle-class one of a CPU.
     Idle(CpuId),
     /// The dedicated one of a CPU.
@@ -30,16 +31,21 @@ pub(crate) enum WorkerKey {
 }
 
 impl WorkerKey {
-    fn new(policy: WorkerPolicy, cpu: CpuId) -> Self {
-        match policy {
-            WorkerPolicy::Dedicated => Self::Dedicated(cpu),
-            WorkerPolicy::Idle => Self::Idle(cpu),
-            _ => Self::Shared(cpu),
+    fn new(policy: WorkerPolicy, profile: Profile, cpu: CpuId) -> Self {
+        match (policy, profile) {
+            (WorkerPolicy::Dedicated, _) => Self::Dedicated(cpu),
+            (WorkerPolicy::Idle, _) => Self::Idle(cpu),
+            (_, Profile::Throughput) => Self::Throughput(cpu),
+            (_, Profile::Latency) => Self::Shared(cpu),
         }
     }
 
-    pub(super) fn is_shared(self) -> bool {
-        matches!(self, Self::Shared(_))
+    /// The CPU of a shared one.
+    pub(super) fn shared_cpu(self) -> Option<CpuId> {
+        match self {
+            Self::Shared(cpu) | Self::Throughput(cpu) => Some(cpu),
+            Self::Idle(_) | Self::Dedicated(_) => None,
+        }
     }
 }
 
@@ -76,7 +82,7 @@ pub(crate) struct Workers {
 
 impl Workers {
     /// Has `plan` done for one pod more: an existing worker, or a new one. Undone by [`Workers::leave`].
-    pub(crate) fn join(&mut self, plan: Plan, config: &Config) -> Placed {
+    pub(crate) fn join(&mut self, plan: Plan, placing: &Placing) -> Placed {
         let (policy, cpu, claim, reason) = match plan {
             Plan::None { reason } => return Placed::none(reason),
             Plan::Failed { reason } => return Placed::failed(reason),
@@ -87,7 +93,7 @@ impl Workers {
                 reason,
             } => (policy, cpu, claim, reason),
         };
-        match self.slot(policy, cpu, claim, config) {
+        match self.slot(policy, cpu, claim, placing) {
             Ok((key, state)) => {
                 let caveat = self.slots.get(&key).and_then(|s| s.worker.caveat.as_ref());
                 Placed {
@@ -108,14 +114,14 @@ impl Workers {
         policy: WorkerPolicy,
         cpu: CpuId,
         claim: Option<Claim>,
-        config: &Config,
+        placing: &Placing,
     ) -> Result<(WorkerKey, WorkerState), String> {
-        let key = WorkerKey::new(policy, cpu);
+        let key = WorkerKey::new(policy, placing.profile, cpu);
         let slot = match self.slots.remove(&key) {
             // Its own claim holds the CPU; the second one of this process goes.
             Some(slot) => slot,
             None => Slot {
-                worker: worker::make(policy, cpu, claim, config)?,
+                worker: worker::make(policy, placing.profile, cpu, claim, &placing.config)?,
                 made: Instant::now(),
                 renewals: 0,
                 users: 0,
@@ -153,7 +159,7 @@ impl Workers {
     /// Finds a worker for a pod whose interfaces have come back.
     pub(super) fn place(&mut self, pod: &mut Pod) {
         let plan = pod.placing.plan(&self.loads);
-        let placed = self.join(plan, &pod.placing.config);
+        let placed = self.join(plan, &pod.placing);
         pod.worker = placed.worker.as_ref().map(|(key, _)| *key);
         pod.record.placed(&placed);
     }
@@ -166,12 +172,12 @@ impl Workers {
         loads: &BTreeMap<CpuId, u64>,
     ) -> Result<(), String> {
         let plan = pod.placing.plan_on(to, loads);
-        let placed = self.join(plan, &pod.placing.config);
+        let placed = self.join(plan, &pod.placing);
         let Some((key, _)) = placed.worker else {
             return Err(placed.reason);
         };
         let mut polled = Napis::new();
-        if let Err(reason) = self.poll(key, &mut polled, &pod.polled, &pod.tuner) {
+        if let Err(reason) = self.poll(key, &mut polled, &pod.polled, pod.tuner()) {
             self.leave(key, &polled);
             return Err(reason);
         }
@@ -200,7 +206,10 @@ impl Workers {
     /// Has the pod's worker poll exactly `wanted`. Goes on after an error and tells the first.
     pub(crate) fn follow(&mut self, pod: &mut Pod, wanted: &Napis) -> Result<(), String> {
         match pod.worker {
-            Some(key) => self.poll(key, &mut pod.polled, wanted, &pod.tuner),
+            Some(key) => {
+                let look = pod.look();
+                self.poll(key, &mut pod.polled, wanted, look.tuner())
+            }
             None => Ok(()),
         }
     }

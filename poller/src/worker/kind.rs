@@ -6,15 +6,18 @@ use kbp_kernel::netns::Netns;
 use kbp_kernel::process::Scheduling;
 use kbp_kernel::{CpuId, IfIndex, NapiId, Result};
 
-use super::{kthread, socket, sqpoll};
+use super::kthread::{self, Mode};
+use super::{socket, sqpoll};
 use crate::config::{Config, Feature};
-use crate::policy::WorkerPolicy;
+use crate::policy::{Profile, WorkerPolicy};
 
 /// What polls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// The NAPI's own kernel thread.
+    /// The NAPI's own kernel thread, which polls without a pause.
     Kthread,
+    /// The same, asleep until a packet wakes it.
+    Threaded,
     /// The kernel thread of an io_uring.
     Sqpoll,
     /// A thread of this process, through sockets.
@@ -26,9 +29,17 @@ impl Kind {
     ///
     /// A kthread has one NAPI, never lets go of it and stops only when it is told, so it is for CPUs of a pod's own.
     /// Between the others the ring is first: it polls without a system call a round, and parks by itself if its owner hangs.
-    pub(super) fn of_policy(policy: WorkerPolicy) -> &'static [Self] {
-        match policy {
-            WorkerPolicy::Dedicated => &[Self::Kthread, Self::Sqpoll, Self::Socket],
+    ///
+    /// For throughput a thread that is woken finds more packets at a time than one that looks for each, and leaves its CPU to the
+    /// receiver in between (docs/architecture.md has the figures). Not in the idle class: packets would wait for an idle CPU.
+    pub(super) fn of_policy(policy: WorkerPolicy, profile: Profile) -> &'static [Self] {
+        match (policy, profile) {
+            (WorkerPolicy::Dedicated | WorkerPolicy::Shared, Profile::Throughput) => {
+                &[Self::Threaded, Self::Sqpoll, Self::Socket]
+            }
+            (WorkerPolicy::Dedicated, Profile::Latency) => {
+                &[Self::Kthread, Self::Sqpoll, Self::Socket]
+            }
             _ => &[Self::Sqpoll, Self::Socket],
         }
     }
@@ -37,6 +48,7 @@ impl Kind {
     pub(super) fn feature(self) -> Feature {
         match self {
             Self::Kthread => Feature::Kthread,
+            Self::Threaded => Feature::Threaded,
             Self::Sqpoll => Feature::Sqpoll,
             Self::Socket => Feature::Socket,
         }
@@ -44,7 +56,8 @@ impl Kind {
 
     fn make(self, seat: Seat) -> Result<Box<dyn Poller>> {
         Ok(match self {
-            Self::Kthread => Box::new(kthread::Kthreads::new(seat)?),
+            Self::Kthread => Box::new(kthread::Kthreads::new(seat, Mode::Polls)?),
+            Self::Threaded => Box::new(kthread::Kthreads::new(seat, Mode::Sleeps)?),
             Self::Sqpoll => Box::new(sqpoll::Ring::new(seat)?),
             Self::Socket => Box::new(socket::Sockets::new(seat)?),
         })
@@ -91,6 +104,10 @@ pub(super) trait Poller: fmt::Debug + Send {
     fn is_asleep(&self) -> bool;
     /// Its thread, where it is one of this process; else the last that the kernel made, 0 before the first.
     fn thread_id(&self) -> u32;
+    /// How often it has gone over its instances; None where the kernel does that, and does not count.
+    fn rounds(&self) -> Option<u64> {
+        None
+    }
     /// CPU time that it has used.
     fn busy(&self) -> std::time::Duration {
         kbp_kernel::process::cpu_time(std::process::id(), self.thread_id()).unwrap_or_default()
@@ -100,11 +117,12 @@ pub(super) trait Poller: fmt::Debug + Send {
 /// The first kind that works, with what is wrong with those before it.
 pub(super) fn first_that_works(
     policy: WorkerPolicy,
+    profile: Profile,
     seat: Seat,
     config: &Config,
 ) -> std::result::Result<(Kind, Box<dyn Poller>), String> {
     let mut reasons = Vec::new();
-    for kind in Kind::of_policy(policy) {
+    for kind in Kind::of_policy(policy, profile) {
         let made = match config.switched_off(kind.feature()) {
             Some(off) => Err(off),
             None => kind.make(seat).map_err(|e| e.to_string()),

@@ -1,5 +1,5 @@
-//! The NAPIs' own kernel threads (6.19+). They spin until they are told otherwise, so a thread of ours keeps their lease: it gives
-//! the NAPIs back to softirq when the lease runs out.
+//! The NAPIs' own kernel threads. Those that poll without a pause (6.19+) spin until they are told otherwise, and those that packets wake
+//! (6.17+) cost single packets a wake-up; so a thread of ours keeps their lease: it gives the NAPIs back to softirq when the lease runs out.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -17,9 +17,19 @@ use super::kind::{Poller, Seat, Target};
 /// Enough for a netlink request.
 const STACK: usize = 128 * 1024;
 
+/// How the threads find packets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// They poll without a pause.
+    Polls,
+    /// They sleep until a packet wakes them.
+    Sleeps,
+}
+
 #[derive(Debug)]
 pub(super) struct Kthreads {
     seat: Seat,
+    mode: Mode,
     shared: Arc<Shared>,
     keeper: Option<JoinHandle<()>>,
 }
@@ -80,13 +90,17 @@ impl Shared {
 
 impl State {
     /// Has every NAPI polled; the first error, after all of them.
-    fn unpark(&mut self, seat: Seat) -> Result<()> {
+    fn unpark(&mut self, seat: Seat, mode: Mode) -> Result<()> {
+        let start = match mode {
+            Mode::Polls => NapiThread::start,
+            Mode::Sleeps => NapiThread::start_sleeping,
+        };
         let mut outcome = Ok(());
         for (napi, polled) in &mut self.napis {
             if polled.thread.is_some() {
                 continue;
             }
-            match NapiThread::start(&polled.netns, polled.link, *napi, seat.cpu, seat.scheduling) {
+            match start(&polled.netns, polled.link, *napi, seat.cpu, seat.scheduling) {
                 Ok(thread) => {
                     self.last_thread = thread.thread_id();
                     polled.thread = Some(thread);
@@ -111,8 +125,11 @@ fn spent(thread: &NapiThread) -> Duration {
 }
 
 impl Kthreads {
-    pub(super) fn new(seat: Seat) -> Result<Self> {
-        probe::threaded_busy_poll()?;
+    pub(super) fn new(seat: Seat, mode: Mode) -> Result<Self> {
+        match mode {
+            Mode::Polls => probe::threaded_busy_poll()?,
+            Mode::Sleeps => probe::threaded()?,
+        }
         let shared = Arc::new(Shared::default());
         let of_keeper = Arc::clone(&shared);
         let keeper = std::thread::Builder::new()
@@ -125,6 +142,7 @@ impl Kthreads {
             })?;
         Ok(Self {
             seat,
+            mode,
             shared,
             keeper: Some(keeper),
         })
@@ -142,7 +160,7 @@ impl Poller for Kthreads {
             });
         }
         if state.until.is_some() {
-            state.unpark(self.seat)?;
+            state.unpark(self.seat, self.mode)?;
         }
         Ok(())
     }
@@ -158,7 +176,7 @@ impl Poller for Kthreads {
         let mut state = self.shared.lock();
         state.until = Some(Instant::now() + LEASE);
         self.shared.changed.notify_one();
-        state.unpark(self.seat)
+        state.unpark(self.seat, self.mode)
     }
 
     fn is_asleep(&self) -> bool {

@@ -59,6 +59,10 @@ impl Poller for Sockets {
     fn thread_id(&self) -> u32 {
         self.0.thread_id()
     }
+
+    fn rounds(&self) -> Option<u64> {
+        Some(self.0.rounds())
+    }
 }
 
 /// The NAPI instance of `link`, learnt from a packet: for kernels that do not list instances (before 6.8).

@@ -1019,6 +1019,27 @@ fn metrics_are_scraped() {
 }
 
 #[test]
+fn rounds_are_counted_where_they_are_the_daemons_own() {
+    for (kind, disabled, counted) in [
+        ("socket", "disable = [\"kthread\", \"sqpoll\"]\n", true),
+        ("sqpoll", "", false),
+    ] {
+        let node = Node::new();
+        let daemon = Daemon::start(&node, &format!("{}\n{disabled}", pool()));
+        let mut client = daemon.client();
+        attached(&mut client, &request("a", &node.pod));
+        let traffic = node.traffic();
+        node.wait_polled(50);
+        drop(traffic);
+        let text = daemon.metrics();
+        let line = format!("kbp_worker_rounds_total{{kind=\"{kind}\"");
+        let rounds = text.lines().find(|l| l.starts_with(&line));
+        let rounds = rounds.and_then(|l| l.rsplit(' ').next()?.parse::<u64>().ok());
+        assert_eq!(rounds.is_some_and(|n| n > 50), counted, "{kind}: {text}");
+    }
+}
+
+#[test]
 fn metrics_are_served_on_a_loopback_port_to_those_who_ask_properly() {
     let node = Node::new();
     ip(&node.host, "link set lo up");

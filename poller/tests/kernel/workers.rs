@@ -1,9 +1,11 @@
 //! Every kind of worker, each forced by switching the others off: that it polls, follows its link, parks, and leaves no trace.
 
+use kbp_kernel::ethtool::{self, Features};
+use kbp_kernel::gro_list::GroList;
 use kbp_kernel::napi::{NetdevSocket, Threaded};
 use kbp_kernel::probe;
-use kbp_poller::attach::Attachment;
-use kbp_poller::policy::WorkerPolicy;
+use kbp_poller::attach::{AttachRequest, Attachment};
+use kbp_poller::policy::{Profile, WorkerPolicy};
 use kbp_poller::state::{Part, PodState};
 
 use crate::node::{Node, any_cpu, ip, thread_lives, wait_parked, wait_until};
@@ -11,7 +13,7 @@ use crate::node::{Node, any_cpu, ip, thread_lives, wait_parked, wait_until};
 /// Packets that have to be polled before it counts. One would do, since softirq handles none of them on the worker's CPU.
 const SOME: u64 = 10;
 
-const KINDS: [&str; 3] = ["kthread", "sqpoll", "socket"];
+const KINDS: [&str; 4] = ["kthread", "threaded", "sqpoll", "socket"];
 
 /// The config under which a dedicated worker is of this kind.
 fn only(kind: &str) -> String {
@@ -35,7 +37,7 @@ fn threaded(node: &Node) -> Option<Threaded> {
 /// What holds of a kind that this kernel has.
 fn works(kind: &str) {
     let node = Node::new();
-    let attachment = attached(&node, WorkerPolicy::Dedicated, &only(kind));
+    let attachment = node.attached(request(&node, kind));
     let state = attachment.state();
     assert_eq!(state.degraded, [], "{kind}");
     let worker = state.worker.expect("a worker");
@@ -75,10 +77,18 @@ fn works(kind: &str) {
     }
 }
 
+fn request(node: &Node, kind: &str) -> AttachRequest {
+    let mut request = node.request("a", WorkerPolicy::Dedicated, &only(kind));
+    if kind == "threaded" {
+        request.policy.profile = Profile::Throughput;
+    }
+    request
+}
+
 /// What holds of a kind that it has not: the pod goes on without a worker, for a reason that names the kind.
 fn degrades(kind: &str) {
     let node = Node::new();
-    let state = attached(&node, WorkerPolicy::Dedicated, &only(kind)).state();
+    let state = node.attached(request(&node, kind)).state();
     let [missing] = &state.degraded[..] else {
         panic!("{kind}: {state:#?}")
     };
@@ -102,6 +112,60 @@ fn works_or_degrades(kind: &str, has: kbp_kernel::Result<()>) {
 #[test]
 fn kthread() {
     works_or_degrades("kthread", probe::threaded_busy_poll());
+}
+
+#[test]
+fn threaded_for_throughput() {
+    works_or_degrades("threaded", probe::threaded());
+}
+
+/// TSO is left on, and datagrams come to the worker all the same; what was chained before is put back.
+#[test]
+fn in_the_throughput_profile_datagrams_are_chained_and_tcp_is_left_alone() {
+    let node = Node::new();
+    let link = node.host_link("vhost0").index;
+    let chained = || {
+        let mut lists = GroList::open_in(&node.host).expect("open");
+        lists.is_on(link).expect("read")
+    };
+    let pool = format!("cpus = \"{}\"", any_cpu());
+    for policy in [WorkerPolicy::Shared, WorkerPolicy::Dedicated] {
+        let mut request = node.request("a", policy, &pool);
+        request.policy.profile = Profile::Throughput;
+        let attachment = node.attached(request);
+        let state = attachment.state();
+        assert_eq!(state.degraded, []);
+        let sqpoll = if probe::sqpoll_napi().is_ok() {
+            "sqpoll"
+        } else {
+            "socket"
+        };
+        let expected = if probe::threaded().is_ok() {
+            "threaded"
+        } else {
+            sqpoll
+        };
+        assert_eq!(state.worker.expect("a worker").kind, expected);
+        assert!(chained());
+        assert!(ethtool::features(&node.pod, "eth0").expect("features").tso);
+        let traffic = node.traffic();
+        traffic.wait_taken(SOME);
+        drop(traffic);
+        attachment.detach_and_restore().expect("detach");
+        assert!(!chained());
+        assert_ne!(threaded(&node), Some(Threaded::Enabled));
+    }
+    // A veth without TSO brings all packets to the NAPI: TCP must not be chained there.
+    let off = Features {
+        gro: true,
+        tso: false,
+    };
+    ethtool::set_features(&node.pod, "eth0", off).expect("features");
+    let mut request = node.request("a", WorkerPolicy::None, "");
+    request.policy.profile = Profile::Throughput;
+    let attachment = node.attached(request);
+    assert_eq!(attachment.state().degraded, []);
+    assert!(!chained());
 }
 
 #[test]

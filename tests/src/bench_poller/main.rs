@@ -3,6 +3,7 @@
 //! * *Programs*: redis, a UDP echo with pauses and a TCP stream in a pair of containers, under each policy, against the stock runtime and
 //!   against its control, a spinner in the idle class that does nothing but keep the CPUs from halting.
 //! * *Workers*: each kind on bare veths: packets a second from pod to host, and latency as one worker polls 1, 10 and 100 of them.
+//! * *Filters*: the same flood on a node with connection tracking, masquerading and rules, as nodes have them.
 //! * *Ends*: round trips of sockets that poll, with idle-class workers on the host ends, the pod ends, both or none.
 //! * *Daemon*: 100 pods on one shared worker: attach, detach, memory, silence, and its death.
 //!
@@ -36,7 +37,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use directions::Ends;
 use programs::Bench;
 use report::Results;
-use workers::Kind;
+use workers::{Case, Kind};
 
 /// After this time no further round begins; one takes about a minute and a half.
 const LIMIT: Duration = Duration::from_secs(200);
@@ -52,7 +53,7 @@ struct Options {
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "programs,workers,ends,daemon"
+        default_value = "programs,workers,filters,ends,daemon"
     )]
     parts: Vec<What>,
     /// Most rounds; none begins after 200 seconds.
@@ -80,6 +81,7 @@ struct Options {
 enum What {
     Programs,
     Workers,
+    Filters,
     Ends,
     Daemon,
 }
@@ -129,6 +131,9 @@ fn run(options: &Options, sandbox: &Sandbox, interrupt: &Interrupt) -> Result<Ex
         }
         if wanted(What::Workers) {
             turn.workers(&mut results)?;
+        }
+        if wanted(What::Filters) {
+            turn.filters(&mut results)?;
         }
         if wanted(What::Ends) {
             turn.ends(&mut results)?;
@@ -215,11 +220,42 @@ impl Turn<'_> {
             eprintln!("workers · {}", kind.name());
             let most = if self.options.quick { 10 } else { 100 };
             for count in [1, 10, 100].into_iter().filter(|c| *c <= most) {
-                let sample = workers::measure(kind, count, self.place, self.options.seconds / 2.0)
+                let case = Case {
+                    kind,
+                    count,
+                    rules: None,
+                };
+                let sample = workers::measure(case, self.place, self.options.seconds / 2.0)
                     .with_context(|| format!("{} on {count} veths", kind.name()))?;
                 results
                     .workers
                     .entry((kind, count))
+                    .or_default()
+                    .push(sample);
+            }
+        }
+        Ok(())
+    }
+
+    fn filters(&self, results: &mut Results) -> Result<()> {
+        for kind in self.order(Kind::FILTERED) {
+            self.turns.check()?;
+            if let Some(why) = kind.wanting() {
+                results.wanting.insert(kind, why);
+                continue;
+            }
+            eprintln!("filters · {}", kind.name());
+            for rules in workers::RULES {
+                let case = Case {
+                    kind,
+                    count: 1,
+                    rules: Some(rules),
+                };
+                let sample = workers::measure(case, self.place, self.options.seconds / 2.0)
+                    .with_context(|| format!("{} with {rules} rules", kind.name()))?;
+                results
+                    .filters
+                    .entry((rules, kind))
                     .or_default()
                     .push(sample);
             }

@@ -23,6 +23,8 @@ pub(crate) struct Results {
     pub(crate) rounds: u32,
     pub(crate) programs: BTreeMap<(Situation, Workload, Arm), Vec<Sample>>,
     pub(crate) workers: BTreeMap<(Kind, u8), Vec<workers::Sample>>,
+    /// By the number of rules.
+    pub(crate) filters: BTreeMap<(u16, Kind), Vec<workers::Sample>>,
     /// Why this kernel has it not.
     pub(crate) wanting: BTreeMap<Kind, String>,
     pub(crate) ends: BTreeMap<(Ends, u32), Vec<directions::Sample>>,
@@ -69,6 +71,22 @@ impl Results {
                 })
             })
             .collect();
+        let filters: Vec<_> = self
+            .filters
+            .iter()
+            .map(|((rules, kind), samples)| {
+                json!({
+                    "kind": kind.name(), "rules": rules,
+                    "p50_us": over(samples, |s| s.latency.p50_us),
+                    "p99_us": over(samples, |s| s.latency.p99_us),
+                    "delivered_per_second": over(samples, |s| s.delivered_per_second),
+                    "read_per_second": median(samples.iter().filter_map(|s| s.read_per_second)),
+                    "lost": over(samples, |s| s.lost as f64),
+                    "cpus": over(samples, |s| s.cpus),
+                    "rounds": samples,
+                })
+            })
+            .collect();
         let ends: Vec<_> = self
             .ends
             .iter()
@@ -90,7 +108,7 @@ impl Results {
             .collect();
         json!({
             "machine": self.machine, "other_work": self.other_work, "rounds": self.rounds,
-            "programs": programs, "workers": workers, "wanting": wanting, "ends": ends,
+            "programs": programs, "workers": workers, "filters": filters, "wanting": wanting, "ends": ends,
             "daemon": self.daemon,
         })
     }
@@ -101,6 +119,7 @@ pub(crate) fn tables(results: &Results) -> String {
     let parts = [
         programs(results),
         workers(results),
+        filters(results),
         ends(results),
         daemon(&results.daemon),
     ];
@@ -193,6 +212,39 @@ fn workers(results: &Results) -> String {
     text
 }
 
+fn filters(results: &Results) -> String {
+    if results.filters.is_empty() {
+        return String::new();
+    }
+    let mut text = "64-byte datagrams, pod → host, on a node with connection tracking, masquerading and so many rules that each packet is held against; in brackets the ratio to stock\n\n\
+        | rules | worker | latency | delivered a second | lost | CPUs | read a second on the worker's CPU |\n|---:|---|---:|---:|---:|---:|---:|\n"
+        .to_owned();
+    for ((rules, kind), samples) in &results.filters {
+        let delivered = |samples: &[workers::Sample]| over(samples, |s| s.delivered_per_second);
+        let read = |samples: &[workers::Sample]| {
+            median(samples.iter().filter_map(|s| s.read_per_second)).unwrap_or(f64::NAN)
+        };
+        let stock = results.filters.get(&(*rules, Kind::Stock));
+        let ratio = |of: &dyn Fn(&[workers::Sample]) -> f64| {
+            stock.map_or(f64::NAN, |stock| of(samples) / of(stock))
+        };
+        let _ = writeln!(
+            text,
+            "| {rules} | {} | {} | {:.0} ({:.2}) | {:.0} | {:.2} | {:.0} ({:.2}) |",
+            kind.name(),
+            latency(samples, |s| s.latency),
+            delivered(samples),
+            ratio(&delivered),
+            over(samples, |s| s.lost as f64),
+            over(samples, |s| s.cpus),
+            read(samples),
+            ratio(&read),
+        );
+    }
+    text.push('\n');
+    text
+}
+
 fn ends(results: &Results) -> String {
     if results.ends.is_empty() {
         return String::new();
@@ -232,6 +284,10 @@ fn daemon(samples: &[node::Sample]) -> String {
     row(
         "attach, p50 / max",
         pair(|s| s.attach_p50_ms, |s| s.attach_max_ms),
+    );
+    row(
+        "attaches over 2 ms, of 99",
+        format!("{:.0}", over(samples, |s| s.attach_over as f64)),
     );
     row(
         "detach, p50 / max",

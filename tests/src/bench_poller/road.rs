@@ -98,6 +98,14 @@ impl Road {
         self.taken as f64 / self.latency.len().max(1) as f64
     }
 
+    /// The node's socket, for somebody else to read.
+    pub(crate) fn reader(&self) -> Result<UdpSocket> {
+        self.sink.set_nonblocking(false)?;
+        self.sink
+            .set_read_timeout(Some(Duration::from_millis(20)))?;
+        self.sink.try_clone().context("a second handle")
+    }
+
     /// Reads what the flood left.
     pub(crate) fn drain(&self) {
         let mut received = [0u8; BYTES];

@@ -1,9 +1,12 @@
 //! Bare veths between namespaces of the bench's own: a node and pods, with no container.
 
+use std::io::Write as _;
 use std::net::UdpSocket;
+use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use kbp_kernel::ethtool::{Features, set_features};
+use kbp_kernel::gro_list::GroList;
 use kbp_kernel::link::{Batch, Route, RouteSocket, VethPair};
 use kbp_kernel::napi::NetdevSocket;
 use kbp_kernel::netns::Netns;
@@ -137,6 +140,46 @@ impl Node {
             set_features(&pod.netns, "eth0", wanted)?;
         }
         Ok(pod)
+    }
+
+    /// Makes a pollable veth one of the profile `throughput`.
+    pub(crate) fn chain(&self, pod: &Pod) -> Result<()> {
+        let with_tso = Features {
+            gro: true,
+            tso: true,
+        };
+        set_features(&pod.netns, "eth0", with_tso)?;
+        GroList::open_in(&self.netns)?.set(pod.host_index, true)?;
+        Ok(())
+    }
+
+    /// Gives the node what nodes have: connection tracking, masquerading, and `rules` that each packet is held against, as for services
+    /// and policies of other pods.
+    pub(crate) fn filter(&self, rules: u16) -> Result<()> {
+        let others: String = (0..rules)
+            .map(|n| {
+                format!(
+                    "udp dport {} ip saddr 10.1.2.{} drop\n",
+                    10_000 + n,
+                    n % 250
+                )
+            })
+            .collect();
+        let text = format!(
+            "table ip bench {{\n chain in {{\n type filter hook prerouting priority 0;\n ct state invalid drop\n{others}}}\n \
+             chain out {{\n type nat hook postrouting priority 100;\n ip saddr 10.77.0.0/16 ip daddr != 10.77.0.0/16 masquerade\n}}\n}}\n"
+        );
+        let nft = || -> std::io::Result<bool> {
+            let mut command = Command::new("nft");
+            let mut child = command.args(["-f", "-"]).stdin(Stdio::piped()).spawn()?;
+            if let Some(mut stdin) = child.stdin.take() {
+                stdin.write_all(text.as_bytes())?;
+            }
+            Ok(child.wait()?.success())
+        };
+        let done = self.netns.run(nft)?.context("run nft")?;
+        ensure!(done, "nft did not take the rules");
+        Ok(())
     }
 
     /// Datagrams that came to the node's sockets, whether or not these had room for them.

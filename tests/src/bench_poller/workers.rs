@@ -1,5 +1,6 @@
 //! Each kind of worker on bare veths: packets a second, and latency as one polls many.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -19,6 +20,9 @@ use crate::veths::{Node, Pod};
 /// Longer than any measurement.
 const LEASE: Duration = Duration::from_secs(60);
 
+/// How many rules the nodes of [`super::What::Filters`] have.
+pub(crate) const RULES: [u16; 3] = [0, 30, 100];
+
 /// Who polls the host ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -36,6 +40,10 @@ pub(crate) enum Kind {
     Kthread,
     /// The NAPI's own thread, which sleeps between packets.
     Threaded,
+    /// The ring on a veth of the profile `throughput`: TSO is left on, datagrams are chained.
+    SqpollChained,
+    /// The NAPI's own thread on such a veth.
+    ThreadedChained,
 }
 
 impl Kind {
@@ -50,6 +58,16 @@ impl Kind {
         Self::Threaded,
     ];
 
+    /// For [`super::What::Filters`].
+    pub(crate) const FILTERED: [Self; 6] = [
+        Self::Stock,
+        Self::Softirq,
+        Self::Sqpoll,
+        Self::Threaded,
+        Self::SqpollChained,
+        Self::ThreadedChained,
+    ];
+
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Stock => "stock",
@@ -60,18 +78,25 @@ impl Kind {
             Self::Socket => "socket",
             Self::Kthread => "kthread",
             Self::Threaded => "threaded",
+            Self::SqpollChained => "sqpoll, chained",
+            Self::ThreadedChained => "threaded, chained",
         }
     }
 
     /// Why this kernel has it not.
     pub(crate) fn wanting(self) -> Option<String> {
         let probed = match self {
-            Self::Sqpoll | Self::SqpollPrefer => probe::sqpoll_napi(),
+            Self::Sqpoll | Self::SqpollPrefer | Self::SqpollChained => probe::sqpoll_napi(),
             Self::Socket => probe::socket_busy_poll(),
             Self::Kthread => probe::threaded_busy_poll(),
+            Self::Threaded | Self::ThreadedChained => probe::threaded(),
             _ => Ok(()),
         };
         probed.err().map(|e| e.to_string())
+    }
+
+    fn is_chained(self) -> bool {
+        matches!(self, Self::SqpollChained | Self::ThreadedChained)
     }
 
     fn is_pollable(self) -> bool {
@@ -100,24 +125,46 @@ pub(crate) struct Sample {
     pub(crate) sent_per_second: f64,
     pub(crate) delivered_per_second: f64,
     pub(crate) lost: u64,
+    /// What a program of the node reads that shares the worker's CPU, where it was tried.
+    pub(crate) read_per_second: Option<f64>,
     /// CPUs that were busy on average during the flood.
     pub(crate) cpus: f64,
 }
 
-/// Measures one kind with `count` veths, the traffic over one of them.
-pub(crate) fn measure(kind: Kind, count: u8, place: Placement, seconds: f64) -> Result<Sample> {
+/// What is measured of a kind.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Case {
+    pub(crate) kind: Kind,
+    /// Veths, with the traffic over one of them.
+    pub(crate) count: u8,
+    /// Rules that the node looks at for each packet, beside connection tracking and masquerading; None: it has no filter at all.
+    pub(crate) rules: Option<u16>,
+}
+
+/// Measures one case.
+pub(crate) fn measure(case: Case, place: Placement, seconds: f64) -> Result<Sample> {
+    let Case { kind, count, rules } = case;
     let node = Node::new()?;
     let pods: Result<Vec<Pod>> = (0..count)
         .map(|number| node.pod(number, kind.is_pollable()))
         .collect();
     let pods = pods?;
+    if kind.is_chained() {
+        pods.iter().try_for_each(|pod| node.chain(pod))?;
+    }
+    if let Some(rules) = rules {
+        node.filter(rules)?;
+    }
     let worker = worker(kind, &node, &pods, place.server)?;
     let pod = pods.first().context("at least one pod")?;
     // A thread of its own, since its CPU stays with it.
     std::thread::scope(|scope| {
         let measured = scope.spawn(|| -> Result<Sample> {
             process::set_affinity(0, &CpuSet::from_iter([place.client]))?;
-            let sample = traffic(&node, pod, place.server, seconds)?;
+            let mut sample = traffic(&node, pod, place.server, seconds)?;
+            if rules.is_some() {
+                sample.read_per_second = Some(read(&node, pod, place.server, seconds)?);
+            }
             Ok(sample)
         });
         let sample = measured
@@ -136,7 +183,7 @@ fn worker(kind: Kind, node: &Node, pods: &[Pod], cpu: CpuId) -> Result<Worker> {
             &CpuSet::from_iter([cpu]),
             &format!("kbp-bench-{}", std::process::id()),
         )?),
-        Kind::Sqpoll | Kind::SqpollPrefer => {
+        Kind::Sqpoll | Kind::SqpollPrefer | Kind::SqpollChained => {
             let prefer = kind == Kind::SqpollPrefer;
             let mut ring = PollRing::new(&RingOptions {
                 cpu,
@@ -179,7 +226,7 @@ fn worker(kind: Kind, node: &Node, pods: &[Pod], cpu: CpuId) -> Result<Worker> {
             sockets.wake();
             Worker::Sockets(sockets)
         }
-        Kind::Kthread | Kind::Threaded => {
+        Kind::Kthread | Kind::Threaded | Kind::ThreadedChained => {
             let start = match kind {
                 Kind::Kthread => NapiThread::start,
                 _ => NapiThread::start_sleeping,
@@ -214,7 +261,33 @@ fn traffic(node: &Node, pod: &Pod, worker: CpuId, seconds: f64) -> Result<Sample
         sent_per_second: sent as f64 / elapsed,
         delivered_per_second: delivered as f64 / elapsed,
         lost: sent.saturating_sub(delivered),
+        read_per_second: None,
         cpus,
+    })
+}
+
+/// Datagrams a second that a program reads on the worker's CPU during a flood.
+fn read(node: &Node, pod: &Pod, cpu: CpuId, seconds: f64) -> Result<f64> {
+    let road = Road::new(node, pod, cpu)?;
+    let sink = road.reader()?;
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| -> Result<u64> {
+            process::set_affinity(0, &CpuSet::from_iter([cpu]))?;
+            let mut received = [0u8; 64];
+            let mut count = 0;
+            while !stop.load(Ordering::Relaxed) {
+                // It waits a moment at most, so that it sees the end.
+                count += u64::from(sink.recv(&mut received).is_ok());
+            }
+            Ok(count)
+        });
+        let (_, elapsed) = road.flood(seconds);
+        stop.store(true, Ordering::Relaxed);
+        let count = reader
+            .join()
+            .map_err(|_| anyhow::anyhow!("the reader panicked"))??;
+        Ok(count as f64 / elapsed)
     })
 }
 
