@@ -16,7 +16,9 @@ fn start(parts: &str, out: &Path) -> Trial {
 fn a_quick_run_measures_every_kind_of_worker_that_there_is() {
     let dir = tempfile::tempdir().expect("temporary directory");
     let out = dir.path().join("new/poller.json");
-    let (table, report) = start("workers,ends", &out).finish().expect("a whole run");
+    let (table, report) = start("workers,filters,ends", &out)
+        .finish()
+        .expect("a whole run");
     let rows = |part: &str| report[part].as_array().cloned().expect("rows");
     let number = |row: &Value, name: &str| row[name].as_f64().expect("a number");
     for kind in [
@@ -52,6 +54,19 @@ fn a_quick_run_measures_every_kind_of_worker_that_there_is() {
             }
         }
         assert!(table.contains(&format!("| {kind} | 10 |")), "{table}");
+    }
+    for kind in ["stock", "softirq", "sqpoll, chained", "threaded, chained"] {
+        if report["wanting"][kind].is_string() {
+            continue;
+        }
+        for rules in [0, 30, 100] {
+            let mut row = rows("filters").into_iter();
+            let row = row.find(|r| r["kind"] == kind && r["rules"] == rules);
+            let row = row.unwrap_or_else(|| panic!("no {kind} with {rules} rules: {table}"));
+            for figure in ["delivered_per_second", "read_per_second"] {
+                assert!(number(&row, figure) > 0.0, "{row}");
+            }
+        }
     }
     for row in rows("ends") {
         assert!(number(&row, "p50_us") > 0.0, "{row}");

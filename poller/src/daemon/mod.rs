@@ -149,7 +149,7 @@ fn reserve_descriptors() {
     let most = i32::try_from(service::MAX_PODS * EACH).unwrap_or(i32::MAX);
     // A hard limit below that is as much as there will be.
     let reserved = fcntl(std::io::stderr(), FcntlArg::F_DUPFD_CLOEXEC(most - 1));
-    let closed = reserved.and_then(|fd| nix::unistd::close(fd));
+    let closed = reserved.and_then(nix::unistd::close);
     if let Err(errno) = closed {
         tracing::debug!(%errno, "the table of open files grows as it is needed");
     }
