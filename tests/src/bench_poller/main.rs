@@ -68,7 +68,7 @@ struct Options {
     /// Pauses between an answer and the next request of the UDP echo, in µs.
     #[arg(long, value_delimiter = ',', default_value = "0,200,1000,5000")]
     pauses: Vec<u32>,
-    /// Whose CPUs the programs use: own (one each), shared (no cpusets).
+    /// Whose CPUs the programs use: own (one each), shared (no cpusets), beside (both on one, and the other is the pool of the arms shared and dedicated).
     #[arg(long, value_delimiter = ',', default_value = "own,shared")]
     situations: Vec<programs::Situation>,
     /// File for the figures.
@@ -111,8 +111,12 @@ fn run(options: &Options, sandbox: &Sandbox, interrupt: &Interrupt) -> Result<Ex
         ..Results::default()
     };
     let wanted = |part: What| options.parts.contains(&part);
+    let mut settings = Settings::default();
+    if options.arms.iter().any(|arm| arm.is_pooled()) {
+        settings.kbp_config = format!("cpus = \"{}\"\n", place.server);
+    }
     let node = wanted(What::Programs)
-        .then(|| AppNode::start(sandbox, Settings::default()))
+        .then(|| AppNode::start(sandbox, settings))
         .transpose()?;
     let turns = Rounds::new(interrupt, LIMIT);
     for round in 0..options.rounds {

@@ -69,6 +69,11 @@ impl FromStr for Arm {
 }
 
 impl Arm {
+    /// Whether it wants a CPU of the node's pool.
+    pub(crate) fn is_pooled(self) -> bool {
+        matches!(self, Self::Kbp("shared" | "dedicated", _))
+    }
+
     pub(crate) fn name(self) -> String {
         match self {
             Self::Stock => "stock".to_owned(),
@@ -88,6 +93,8 @@ pub(crate) enum Situation {
     Own,
     /// No cpusets: the scheduler decides.
     Shared,
+    /// Both on the first CPU; the other is the pool's.
+    Beside,
 }
 
 /// One measurement.
@@ -139,7 +146,11 @@ impl Bench<'_, '_> {
         };
         let shape = |id: &str, script: &str, cpu: kbp_kernel::CpuId| {
             let mut guest = Guest::new(id, ["sh", "-c", script]);
-            guest.cpus = (situation == Situation::Own).then(|| cpu.to_string());
+            guest.cpus = match situation {
+                Situation::Own => Some(cpu.to_string()),
+                Situation::Beside => Some(self.place.client.to_string()),
+                Situation::Shared => None,
+            };
             match arm {
                 Arm::Kbp(worker, _) => guest.annotation("kbp.io/worker", worker),
                 _ => guest,
