@@ -62,7 +62,7 @@ fn serves_and_polls(app: App) {
         // One that listens, and one a connection.
         let complete = there.inet.len() > CLIENTS as usize
             && here.inet.len() >= CLIENTS as usize
-            && !there.epoll.is_empty()
+            && there.epoll.is_empty() != app.server_uses_epoll()
             && here.epoll.is_empty() != app.client_uses_epoll();
         let polls = there.all_poll_for(SERVER) && here.all_poll_for(CLIENT);
         let untouched = there.other.iter().chain(&here.other).all(|w| *w == 0);
@@ -217,10 +217,13 @@ macro_rules! apps {
 apps! {
     redis Redis
     memcached Memcached
+    memcached_with_four_threads MemcachedThreads
     nginx_with_wrk Nginx
     haproxy Haproxy
+    haproxy_with_two_threads HaproxyThreads
     postgres_with_pgbench Postgres
     a_static_c_binary StaticC
+    a_thread_for_each_connection BlockingThreads
     go_http_server_and_client Go
     node_http Node
     python_asyncio Asyncio

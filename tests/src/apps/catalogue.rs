@@ -22,16 +22,22 @@ const NOBODY: u32 = 65534;
 pub enum App {
     /// `redis-server`.
     Redis,
-    /// `memcached`.
+    /// `memcached` with one thread that serves.
     Memcached,
+    /// `memcached` with four, each with an epoll instance.
+    MemcachedThreads,
     /// `nginx`, loaded by `wrk`; a single client is one of our own.
     Nginx,
-    /// `haproxy`.
+    /// `haproxy` with one thread.
     Haproxy,
+    /// `haproxy` with two.
+    HaproxyThreads,
     /// PostgreSQL, loaded by `pgbench`, which waits in `poll`.
     Postgres,
     /// A static binary written in C.
     StaticC,
+    /// The same with a thread for each connection, which blocks.
+    BlockingThreads,
     /// Go's `net/http`, server and client.
     Go,
     /// Node's `http` on libuv.
@@ -55,17 +61,22 @@ pub struct Figures {
     pub p50_us: f64,
     /// 99th percentile in µs.
     pub p99_us: f64,
+    /// Answers to the connection that had the fewest, against the mean of all; 1 where the load does not tell.
+    pub fewest_answers: f64,
 }
 
 impl App {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 14] = [
         Self::Redis,
         Self::Memcached,
+        Self::MemcachedThreads,
         Self::Nginx,
         Self::Haproxy,
+        Self::HaproxyThreads,
         Self::Postgres,
         Self::StaticC,
+        Self::BlockingThreads,
         Self::Go,
         Self::Node,
         Self::Asyncio,
@@ -78,10 +89,13 @@ impl App {
         match self {
             Self::Redis => "redis",
             Self::Memcached => "memcached",
+            Self::MemcachedThreads => "memcached-4-threads",
             Self::Nginx => "nginx-wrk",
             Self::Haproxy => "haproxy",
+            Self::HaproxyThreads => "haproxy-2-threads",
             Self::Postgres => "postgres-pgbench",
             Self::StaticC => "static-c",
+            Self::BlockingThreads => "blocking-threads",
             Self::Go => "go-http",
             Self::Node => "node-http",
             Self::Asyncio => "python-asyncio",
@@ -101,6 +115,11 @@ impl App {
     /// Whether its client waits in `epoll`; `pgbench` waits in `poll`, which only the node-wide setting reaches.
     pub fn client_uses_epoll(self) -> bool {
         self != Self::Postgres
+    }
+
+    /// Whether its server waits in `epoll`, not in blocking calls.
+    pub fn server_uses_epoll(self) -> bool {
+        self != Self::BlockingThreads
     }
 
     /// Starts the server in a container and waits until it listens. `shape` sets CPUs and annotations.
@@ -144,13 +163,22 @@ impl App {
                 below_usr("memcached", "memcached")?,
                 "-u root -p 7000 -l 0.0.0.0 -t 1",
             ),
+            Self::MemcachedThreads => with(
+                below_usr("memcached", "memcached")?,
+                "-u root -p 7000 -l 0.0.0.0 -t 4",
+            ),
             Self::Nginx => with(below_usr("nginx", "nginx-light")?, "-c /kbp/nginx.conf"),
             Self::Haproxy => with(below_usr("haproxy", "haproxy")?, "-f /kbp/haproxy.cfg"),
+            Self::HaproxyThreads => with(
+                below_usr("haproxy", "haproxy")?,
+                "-f /kbp/haproxy.cfg -f /kbp/haproxy-threads.cfg",
+            ),
             Self::Postgres => with(
                 postgres_program("postgres")?,
                 "-D /tmp/pg -p 7000 -c listen_addresses=* -c unix_socket_directories=/tmp -c fsync=off -c shared_buffers=16MB -c autovacuum=off",
             ),
             Self::StaticC => with("/kbp/echo".to_owned(), "epoll 7000"),
+            Self::BlockingThreads => with("/kbp/echo".to_owned(), "threads 7000"),
             Self::Go => {
                 add(node, &fixtures::go_http()?, "http-go")?;
                 with("/kbp/http-go".to_owned(), "serve 7000")
@@ -196,9 +224,11 @@ impl App {
         };
         Ok(match self {
             Self::Redis => own("resp"),
-            Self::Memcached => own("memcache"),
-            Self::Haproxy | Self::Node => own("http"),
-            Self::StaticC | Self::Asyncio | Self::Java | Self::Tokio => own("echo"),
+            Self::Memcached | Self::MemcachedThreads => own("memcache"),
+            Self::Haproxy | Self::HaproxyThreads | Self::Node => own("http"),
+            Self::StaticC | Self::BlockingThreads | Self::Asyncio | Self::Java | Self::Tokio => {
+                own("echo")
+            }
             Self::Go => words(&format!(
                 "/kbp/http-go load {address} {PORT} {clients} {ms}"
             )),
@@ -339,6 +369,7 @@ fn own_json(text: &str) -> Result<Figures> {
         per_second: number("per_second")?,
         p50_us: number("p50_us")?,
         p99_us: number("p99_us")?,
+        fewest_answers: value["fewest_answers"].as_f64().unwrap_or(1.0),
     })
 }
 
@@ -364,6 +395,7 @@ fn wrk(text: &str) -> Result<Figures> {
             .ok_or_else(wrong)?,
         p50_us: after("50%").and_then(wrk_time).ok_or_else(wrong)?,
         p99_us: after("99%").and_then(wrk_time).ok_or_else(wrong)?,
+        fewest_answers: 1.0,
     })
 }
 
@@ -415,6 +447,7 @@ fn pgbench(text: &str, root: &Path) -> Result<Figures> {
         per_second,
         p50_us: at(0.5)?,
         p99_us: at(0.99)?,
+        fewest_answers: 1.0,
     })
 }
 
@@ -432,7 +465,8 @@ mod tests {
                 samples: 14000,
                 per_second: 12727.27,
                 p50_us: 63.0,
-                p99_us: 1250.0
+                p99_us: 1250.0,
+                fewest_answers: 1.0,
             }
         );
         assert!(wrk(&format!("{report}  Non-2xx or 3xx responses: 3\n")).is_err());

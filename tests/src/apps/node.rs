@@ -89,7 +89,13 @@ impl<'s> AppNode<'s> {
         }
         copy(&fixtures::echo()?, "echo")?;
         let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/apps");
-        for name in ["server.js", "echo.py", "nginx.conf", "haproxy.cfg"] {
+        for name in [
+            "server.js",
+            "echo.py",
+            "nginx.conf",
+            "haproxy.cfg",
+            "haproxy-threads.cfg",
+        ] {
             copy(&fixtures.join(name), name)?;
         }
         let spec = default_spec(&containerd)?;

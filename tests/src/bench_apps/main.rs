@@ -36,9 +36,12 @@ struct Options {
     /// Seconds of a measurement.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=20))]
     seconds: u64,
-    /// Only workloads whose name contains this text.
-    #[arg(long, default_value = "")]
-    only: String,
+    /// Only workloads whose name contains one of these texts.
+    #[arg(long, value_delimiter = ',', default_value = "")]
+    only: Vec<String>,
+    /// Connections of the programs' loads, each with one request under way.
+    #[arg(long, value_delimiter = ',', default_values_t = [1, MANY], value_parser = clap::value_parser!(u32).range(1..=1000))]
+    clients: Vec<u32>,
     /// Annotation of both kbp pods, e.g. kbp.io/busy-poll=50.
     #[arg(long, value_parser = annotation)]
     annotation: Vec<(String, String)>,
@@ -81,9 +84,9 @@ impl Workload {
         }
     }
 
-    fn clients(self) -> &'static [u32] {
+    fn clients(self, options: &Options) -> &[u32] {
         match self {
-            Self::App(_) => &[1, MANY],
+            Self::App(_) => &options.clients,
             _ => &[1],
         }
     }
@@ -112,7 +115,8 @@ fn run(options: &Options, sandbox: &Sandbox) -> Result<ExitCode> {
     let topology = Topology::read()?;
     let place = cpu::place(&topology)?;
     let mut workloads = Workload::all();
-    workloads.retain(|w| w.name().contains(&options.only));
+    let named = |w: &Workload| options.only.iter().any(|only| w.name().contains(only));
+    workloads.retain(named);
     workloads.retain(|w| match w {
         Workload::App(app) => match app.wanting() {
             Some(reason) => {
@@ -124,7 +128,7 @@ fn run(options: &Options, sandbox: &Sandbox) -> Result<ExitCode> {
         _ => true,
     });
     if workloads.is_empty() {
-        bail!("no workload's name contains {:?}", options.only);
+        bail!("no workload's name contains one of {:?}", options.only);
     }
     let node = AppNode::start(sandbox, Settings::default())?;
     let mut results = Results::new();
@@ -202,7 +206,7 @@ fn measure(
     // What is measured must not be a start from cold.
     one(workload, &client, server.as_ref(), 1, WARM)?;
     let mut samples = Vec::new();
-    for clients in workload.clients() {
+    for clients in workload.clients(options) {
         let length = Duration::from_secs(options.seconds);
         let measured = one(workload, &client, server.as_ref(), *clients, length).or_else(|error| {
             // Fifty backends may take longer to start than they are measured for, on a busy machine.

@@ -215,8 +215,8 @@ fn one(
 ) -> Result<Sample> {
     let protocol = match app {
         App::Redis => "resp",
-        App::Memcached => "memcache",
-        App::Haproxy | App::Node | App::Nginx => "http",
+        App::Memcached | App::MemcachedThreads => "memcache",
+        App::Haproxy | App::HaproxyThreads | App::Node | App::Nginx => "http",
         _ => "echo",
     };
     let address = format!("{}:{PORT}", server.address());

@@ -115,6 +115,7 @@ fn judge_http(bytes: &[u8]) -> Option<bool> {
 /// One connection with the request that is under way.
 struct Connection {
     stream: TcpStream,
+    answers: u64,
     sent: Instant,
     received: Vec<u8>,
 }
@@ -138,6 +139,7 @@ impl Connection {
         stream.set_nonblocking(true)?;
         Ok(Self {
             stream,
+            answers: 0,
             sent: Instant::now(),
             received: Vec::with_capacity(4096),
         })
@@ -217,6 +219,7 @@ fn load(protocol: &Protocol, address: &str, clients: usize, length: Duration) ->
                 continue;
             }
             latency.record(u64::try_from(connection.sent.elapsed().as_nanos())?)?;
+            connection.answers += 1;
             if begin.elapsed() < length {
                 connection.ask(&protocol.request)?;
             } else {
@@ -224,7 +227,10 @@ fn load(protocol: &Protocol, address: &str, clients: usize, length: Duration) ->
             }
         }
     }
-    tell(&latency, begin.elapsed());
+    let elapsed = begin.elapsed();
+    let fewest = connections.iter().map(|c| c.answers).min().unwrap_or(0);
+    let mean = latency.len() as f64 / clients as f64;
+    tell(&latency, elapsed, fewest as f64 / mean);
     Ok(())
 }
 
@@ -281,7 +287,7 @@ fn open_loop(
             connections[free].sent = begin + interval * sent;
         }
     }
-    tell(&latency, begin.elapsed());
+    tell(&latency, begin.elapsed(), 1.0);
     Ok(())
 }
 
@@ -301,7 +307,7 @@ fn connect(address: &str, count: u32) -> Result<()> {
         drop(stream);
         latency.record(u64::try_from(from.elapsed().as_nanos())?)?;
     }
-    tell(&latency, begin.elapsed());
+    tell(&latency, begin.elapsed(), 1.0);
     Ok(())
 }
 
@@ -318,7 +324,7 @@ fn syscalls(length: Duration) -> Result<()> {
         }
         latency.record(u64::try_from(from.elapsed().as_nanos())?)?;
     }
-    tell(&latency, begin.elapsed());
+    tell(&latency, begin.elapsed(), 1.0);
     Ok(())
 }
 
@@ -332,11 +338,12 @@ fn calls(length: Duration) -> Result<()> {
         socket.connect("127.0.0.1:9").context("connect")?;
         latency.record(u64::try_from(from.elapsed().as_nanos())?)?;
     }
-    tell(&latency, begin.elapsed());
+    tell(&latency, begin.elapsed(), 1.0);
     Ok(())
 }
 
-fn tell(latency: &Histogram<u64>, elapsed: Duration) {
+/// `fewest_answers`: to one connection, against the mean.
+fn tell(latency: &Histogram<u64>, elapsed: Duration, fewest_answers: f64) {
     let microseconds = |quantile: f64| latency.value_at_quantile(quantile) as f64 / 1000.0;
     println!(
         "{}",
@@ -348,6 +355,7 @@ fn tell(latency: &Histogram<u64>, elapsed: Duration) {
             "p99_us": microseconds(0.99),
             "p99_9_us": microseconds(0.999),
             "max_us": latency.max() as f64 / 1000.0,
+            "fewest_answers": fewest_answers,
         })
     );
     // Who reads the output may stop reading when it hears of the end.
