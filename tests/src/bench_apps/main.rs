@@ -155,9 +155,9 @@ fn run(options: &Options, sandbox: &Sandbox) -> Result<ExitCode> {
                         .push(sample);
                 }
             }
+            // What is there stays when the rest is broken off.
+            report::write_results(&options.out, &results)?;
         }
-        // What is there after each round stays when a later one is broken off.
-        report::write_results(&options.out, &results)?;
     }
     println!("{}", report::table(&results));
     let relation = match place.relation {
