@@ -15,7 +15,7 @@ const CALLS: usize = 2_000;
 #[test]
 fn answering_a_call_allocates_nothing() {
     let dir = tempfile::tempdir().expect("tempdir");
-    let notifier = trapped::notifier(dir.path());
+    let notifier = trapped::notifier(dir.path(), true);
     let (made, allocated) = std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             trapped::trap(&notifier);

@@ -161,6 +161,80 @@ fn postgres_backend_polls_on_one_cpu() {
     its_busy_process_polls_under_auto(App::Postgres);
 }
 
+/// How many clients there are, and what the server has to come to have meanwhile.
+type Phase = (u32, fn(&Sockets) -> bool);
+
+/// With more threads that wait for connections than CPUs none of them polls; with one it does again.
+fn its_threads_poll_while_they_are_few(app: App, phases: &[Phase]) {
+    const LONG: Duration = Duration::from_secs(4);
+    let sandbox = Sandbox::new().expect("private node");
+    let node = AppNode::start(&sandbox, Settings::default()).expect("node");
+    let one = kbp_kernel::cpu::usable()
+        .expect("cpus")
+        .iter()
+        .next()
+        .expect("a CPU");
+    let server = app
+        .serve(&node, Runtime::Kbp, |mut guest| {
+            guest.cpus = Some(one.to_string());
+            guest
+        })
+        .unwrap_or_else(|e| panic!("{}: {e}", app.name()));
+    let client = node
+        .pod(Runtime::Kbp, &Guest::idle("client"), |_| Ok(()))
+        .expect("client");
+    for (number, &(clients, judge)) in phases.iter().enumerate() {
+        let command = app
+            .load_command(server.address(), clients, LONG)
+            .expect("load");
+        let mut load = client
+            .exec_start(&format!("load{number}"), &command)
+            .expect("load");
+        let looked = wait_until(&format!("{clients} clients' windows"), LONG, || {
+            let there = sockets(&server.processes());
+            let complete = there.inet.len() > clients as usize;
+            match complete && judge(&there) {
+                true => Ok(()),
+                false => Err(format!("{there:?}")),
+            }
+        });
+        let output = load.wait(LIMIT).expect("end of the load");
+        looked.unwrap_or_else(|e| panic!("{clients} clients: {e}\n{output}"));
+        output.success().expect("right answers");
+    }
+    client.remove().expect("remove the client");
+    server.remove().expect("remove the server");
+}
+
+#[test]
+fn blocking_threads_poll_while_they_are_few() {
+    its_threads_poll_while_they_are_few(
+        App::BlockingThreads,
+        &[
+            (CLIENTS, |s| s.inet.iter().all(|window| *window == 0)),
+            (1, |s| s.inet.iter().all(|window| *window > 0)),
+        ],
+    );
+}
+
+fn polling(sockets: &Sockets) -> usize {
+    sockets.epoll.iter().filter(|window| **window > 0).count()
+}
+
+/// It gives its four threads connections in turns: the fifth goes to one that has lost its window. The thread that accepts keeps its own, which it
+/// does not use.
+#[test]
+fn event_loops_of_one_process_poll_while_they_are_few() {
+    its_threads_poll_while_they_are_few(
+        App::MemcachedThreads,
+        &[
+            (CLIENTS, |s| polling(s) == 2),
+            (1, |s| polling(s) == 2),
+            (1, |s| polling(s) == 3),
+        ],
+    );
+}
+
 /// Each of them is a trapped call of the client; none fails, and each is counted.
 #[test]
 fn ten_thousand_short_connections() {

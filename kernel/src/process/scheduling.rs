@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::{raw_tid, stat_fields};
-use crate::sys::{check, read_text};
+use crate::sys::{check, errno, read_text};
 use crate::{CpuId, CpuSet, Error, Result};
 
 /// Scheduling class of a thread.
@@ -150,6 +150,15 @@ pub fn last_cpu(pid: u32, tid: u32) -> Result<CpuId> {
             what: format!("read {path}"),
             detail: "no number in field 39".to_owned(),
         })
+}
+
+/// Time that all threads of process `pid` have spent on a CPU, those that have ended too (CLOCK_PROCESS_CPUTIME_ID of another process).
+pub fn cpu_time_of_all(pid: u32) -> Result<Duration> {
+    let what = || format!("read the CPU time of process {pid}");
+    let raw = nix::unistd::Pid::from_raw(raw_tid(pid)?);
+    let clock = nix::time::clock_getcpuclockid(raw).map_err(errno(what))?;
+    let time = nix::time::clock_gettime(clock).map_err(errno(what))?;
+    Ok(time.into())
 }
 
 /// Time that thread `tid` of process `pid` has spent on a CPU (/proc/PID/task/TID/schedstat, to the nanosecond).

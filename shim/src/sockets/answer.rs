@@ -1,6 +1,7 @@
 //! Answers one trapped call.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use kbp_kernel::notify::{Listener, Notification};
@@ -14,7 +15,7 @@ use nix::libc::{EBADF, ENOENT, ENOSYS, EPOLL_CLOEXEC, ESRCH};
 use super::{Container, Event, Shared};
 
 /// Packets that an epoll instance takes in one round of busy polling: NAPI_POLL_WEIGHT, the most that needs no privilege.
-const EPOLL_BUDGET: u16 = 64;
+pub(super) const EPOLL_BUDGET: u16 = 64;
 
 /// A part that failed for this call.
 type Failed = (Part, Error);
@@ -41,7 +42,7 @@ pub(super) fn answer(
     node: Node,
     listener: &Listener,
     call: &Notification,
-    container: &Container,
+    container: &Arc<Container>,
     shared: &Shared,
 ) {
     let answered = match treat(node, listener, call, container, shared) {
@@ -70,7 +71,7 @@ fn treat(
     node: Node,
     listener: &Listener,
     call: &Notification,
-    container: &Container,
+    container: &Arc<Container>,
     shared: &Shared,
 ) -> Result<bool, Failed> {
     let treatment = container.treatment();
@@ -89,6 +90,9 @@ fn treat(
                         .map_err(|e| (Part::PreferBusyPoll, e))?;
                 }
             }
+            if which == Syscall::Listen && treatment.bounded && call.tid != 0 {
+                shared.pollers.watch(call.tid, container);
+            }
             Ok(false)
         }
         (Syscall::EpollCreate | Syscall::EpollCreate1, FirstArgument::Value(value))
@@ -102,6 +106,9 @@ fn treat(
                 // The kernel knows best what to say to that.
                 _ => return Ok(false),
             };
+            if treatment.bounded && call.tid != 0 {
+                shared.pollers.watch(call.tid, container);
+            }
             if treatment.bounded && call.tid != 0 && !shared.crowd.admits(call.tid) {
                 shared
                     .counters

@@ -13,6 +13,7 @@ mod crowd;
 mod handshake;
 mod home;
 pub mod node_wide;
+mod pollers;
 #[cfg(test)]
 mod tests;
 mod thread;
@@ -126,6 +127,7 @@ struct Shared {
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
     counters: AtomicCounters,
     crowd: crowd::Crowd,
+    pollers: pollers::Pollers,
     /// Whether [`Event::Active`] was sent and nobody has looked since.
     told_active: AtomicBool,
     events: Box<dyn Fn(Event) + Send + Sync>,
@@ -192,6 +194,7 @@ impl Notifier {
                 containers: Mutex::default(),
                 counters: AtomicCounters::default(),
                 crowd: crowd::Crowd::default(),
+                pollers: pollers::Pollers::new(),
                 told_active: AtomicBool::new(false),
                 events: Box::new(events),
             }),
@@ -230,6 +233,9 @@ impl Notifier {
     /// Accepts the listeners of a container from now on. For a container that is there already, its calls get the new
     /// treatment from now on.
     pub fn admit(&self, container: &str, treatment: Treatment) {
+        if treatment.bounded && treatment.window.is_some() {
+            self.shared.pollers.start();
+        }
         let mut containers = self.shared.containers();
         let entry = containers
             .entry(container.to_owned())

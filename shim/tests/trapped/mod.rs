@@ -12,13 +12,13 @@ use nix::libc;
 /// What the sockets are given.
 pub(crate) const WINDOW: Micros = Micros(37);
 
-/// A notifier that takes listeners of the container `app`.
-pub(crate) fn notifier(dir: &std::path::Path) -> Notifier {
+/// A notifier that takes listeners of the container `app`, whose windows are bounded by its CPUs or not.
+pub(crate) fn notifier(dir: &std::path::Path, bounded: bool) -> Notifier {
     let notifier = Notifier::start(dir, "test", "pod", |_| {}).expect("start a notifier");
     let treatment = Treatment {
         window: Some(WINDOW),
         epoll: true,
-        bounded: true,
+        bounded,
         prefer: Default::default(),
     };
     notifier.admit("app", treatment);
