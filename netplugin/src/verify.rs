@@ -12,7 +12,7 @@ use crate::bridge;
 use crate::cni::ipam::{LeasedIp, RouteConfig};
 use crate::cni::options::{BridgeOptions, Mode, Options, Profile};
 use crate::routed::plan::is_main;
-use crate::wire::{Side, features};
+use crate::wire::{Side, Which, features};
 
 /// What a result says about an attachment.
 #[derive(Debug, Default)]
@@ -66,8 +66,16 @@ pub(crate) fn differences(
             host_end.name, pod_end.name
         ));
     }
-    let ends = [(&*host, &host_end), (&*pod, &pod_end)];
-    feature_differences(ends, options.profile, &mut found)?;
+    // Another one is fine: the plugin bandwidth, for one, puts its own there.
+    if host_end.qdisc.as_deref() == Some("noqueue") {
+        found.push(format!("{} has no qdisc", host_end.name));
+    }
+    feature_differences(
+        (&*host, &host_end),
+        (&*pod, &pod_end),
+        options.profile,
+        &mut found,
+    )?;
     pod_differences(pod, &pod_end, expected, &mut found)?;
     match &options.mode {
         Mode::Bridge(bridge) => bridge_differences(host, &host_end, bridge, expected, &mut found)?,
@@ -80,15 +88,17 @@ pub(crate) fn differences(
     Ok(found)
 }
 
-/// Compares GRO and TSO of both ends with what the profile wants.
+/// Compares what matters of GRO and TSO of the host end and the pod end with what the profile wants. The rest is as whoever polls
+/// the host end, if anybody does, has set it.
 pub(crate) fn feature_differences(
-    ends: [(&Side, &Link); 2],
+    host: (&Side, &Link),
+    pod: (&Side, &Link),
     profile: Profile,
     found: &mut Vec<String>,
 ) -> Result<()> {
-    let wanted = features(profile);
-    for (side, end) in ends {
+    for (which, (side, end)) in [(Which::Host, host), (Which::Pod, pod)] {
         let is = ethtool::features(&side.netns, &end.name)?;
+        let wanted = features(which, profile, is);
         for (name, is, wanted) in [("GRO", is.gro, wanted.gro), ("TSO", is.tso, wanted.tso)] {
             if is != wanted {
                 found.push(format!(
@@ -169,10 +179,6 @@ fn link_differences(link: &Link, mac: Option<MacAddr>, mtu: Option<u32>, found: 
     }
     if !link.up {
         found.push(format!("{name} is down"));
-    }
-    // Another one is fine: the plugin bandwidth, for one, puts its own there.
-    if link.qdisc.as_deref() == Some("noqueue") {
-        found.push(format!("{name} has no qdisc"));
     }
     if let Some(mac) = mac.filter(|mac| link.mac != Some(*mac)) {
         let is = link.mac.map(|mac| mac.to_string()).unwrap_or_default();

@@ -82,13 +82,39 @@ pub(crate) struct Port {
     pub(crate) vlan: Option<VlanId>,
 }
 
-/// What the features of both ends have to be.
-pub(crate) fn features(profile: Profile) -> Features {
-    Features {
-        gro: true,
-        tso: profile == Profile::Throughput,
+/// Which end of a pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Which {
+    /// Receives what the pod sends: nobody polls it but a worker, and whoever makes one sets it up for that.
+    Host,
+    /// Receives what the pod is sent: its sockets poll it.
+    Pod,
+}
+
+/// What an end's features are to be, with what does not matter as it `is`: packets to the pod pass the pod end's NAPI, which is
+/// there for GRO, when the host end leaves no segmentation for later. Those from the pod take the shorter way without
+/// a NAPI until there is somebody to poll it.
+pub(crate) fn features(end: Which, profile: Profile, is: Features) -> Features {
+    match end {
+        Which::Host => Features {
+            tso: profile == Profile::Throughput,
+            ..is
+        },
+        Which::Pod => Features { gro: true, ..is },
     }
 }
+
+/// What a veth has that nobody has changed.
+pub(crate) const NEW: Features = Features {
+    gro: false,
+    tso: true,
+};
+
+/// A link that is no pod's, both of whose ends are the node's: every end is the receiver of somebody's packets.
+pub(crate) const OF_THE_NODE: Features = Features {
+    gro: true,
+    tso: false,
+};
 
 /// Refuses when one of the names is taken already.
 pub(crate) fn refuse_existing(
@@ -189,28 +215,35 @@ pub(crate) fn create(
 /// Features and qdisc first, while the ends are down, which spares the kernel a grace period for each.
 fn set_up(host: &mut Side, pod: &mut Side, pair: &Pair, options: &Options) -> Result<()> {
     sysctl::refuse_router_advertisements(&pair.host.name)?;
-    let mut ends = [(pod, &pair.pod), (host, &pair.host)];
-    for (side, end) in &mut ends {
+    let mut ends = [
+        (pod, &pair.pod, Which::Pod),
+        (host, &pair.host, Which::Host),
+    ];
+    for (side, end, which) in &mut ends {
         // A NAPI instance comes with the link's being up.
-        ethtool::set_features_of_new(&side.route, &end.name, features(options.profile))?;
-        side.route.execute(
-            Batch::new()
-                .set_pfifo(end.index, options.tx_queue_len)
-                .set_up(end.index),
-        )?;
+        let wanted = features(*which, options.profile, NEW);
+        ethtool::set_features_of_new(&side.route, &end.name, wanted)?;
+        let mut batch = Batch::new();
+        if *which == Which::Host {
+            batch.set_pfifo(end.index, options.tx_queue_len);
+        }
+        side.route.execute(batch.set_up(end.index))?;
     }
     // Asking for a link makes the kernel (6.8+) notice at once that it has a carrier, which it else does up to a
     // second later: until then its operational state is down, and programs that look at it would wait.
-    for (side, end) in ends {
+    for (side, end, which) in ends {
         let link = side.route.link_by_index(end.index)?;
         if link.is_some_and(|link| !link.running) {
             // An older one sends nothing before that either, unless a new qdisc makes it look.
-            let limit = options.tx_queue_len;
-            side.route.execute(
-                Batch::new()
-                    .delete_qdisc(end.index)
-                    .set_pfifo(end.index, limit),
-            )?;
+            let mut batch = Batch::new();
+            if which == Which::Host {
+                batch.delete_qdisc(end.index);
+            }
+            batch.set_pfifo(end.index, options.tx_queue_len);
+            if which == Which::Pod {
+                batch.delete_qdisc(end.index);
+            }
+            side.route.execute(&batch)?;
         }
     }
     Ok(())

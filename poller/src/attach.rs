@@ -124,7 +124,7 @@ impl Engine {
             host,
             pod: request.netns.try_clone()?,
             profile: request.policy.profile,
-            learns: placing(&request).unwanted().is_none(),
+            for_worker: placing(&request).unwanted().is_none(),
             deferral: Deferral::of(&request),
         };
         let mut parts = Parts::find_and_tune(&request, &terms, &tuner, veths, not_pollable);

@@ -1,4 +1,5 @@
-//! Makes a veth pollable: GRO on and TSO off at both ends, a qdisc at both ends, NAPI ids.
+//! Makes a veth pollable: GRO on at the end that is polled, TSO off and a qdisc at the one that sends to it, NAPI ids. The pod end is polled by the
+//! pod's sockets, the host end by a worker only.
 
 use kbp_kernel::ethtool::{self, Features};
 use kbp_kernel::gro_list::GroList;
@@ -59,8 +60,9 @@ pub(crate) struct Tuner {
     pub(crate) host: Netns,
     pub(crate) pod: Netns,
     pub(crate) profile: Profile,
-    /// Whether the id of the host end's NAPI is learnt from a packet where the kernel does not tell it: a worker wants it.
-    pub(crate) learns: bool,
+    /// Whether a worker is to poll the host ends: only then they get a NAPI instance, whose id is learnt from a packet where the kernel
+    /// does not tell it. Without one, what the pod sends takes the shorter way.
+    pub(crate) for_worker: bool,
     /// Whether packets to the pod wait for whoever polls.
     pub(crate) deferral: Deferral,
 }
@@ -79,7 +81,7 @@ impl Tuner {
             host: self.host.try_clone()?,
             pod: self.pod.try_clone()?,
             profile: self.profile,
-            learns: self.learns,
+            for_worker: self.for_worker,
             deferral: self.deferral.clone(),
         })
     }
@@ -136,8 +138,8 @@ impl Tuner {
             (End::Pod, &self.pod, &endpoint.pod_name, endpoint.pod_index),
         ];
         // Both ends first: packets pass a NAPI only when the *other* end does not segment them later.
-        for (_, netns, name, index) in ends {
-            self.one_end(netns, name, index)
+        for (end, netns, name, index) in ends {
+            self.one_end(end, netns, name, index)
                 .map_err(|e| format!("{}: {e}", endpoint.pod_name))?;
         }
         self.datagrams(endpoint)
@@ -159,7 +161,7 @@ impl Tuner {
                 }
                 Err(e) => return Err(format!("{}: {e}", endpoint.pod_name)),
             };
-            if napis.is_empty() {
+            if napis.is_empty() && (end == End::Pod || self.for_worker) {
                 return Err(format!(
                     "{}: {name} is up and has GRO on, but no NAPI instance: this kernel's veth driver makes none (5.13 and later do)",
                     endpoint.pod_name
@@ -209,7 +211,7 @@ impl Tuner {
 
     /// For kernels that do not tell the ids.
     fn without_ids(&self, endpoint: &Endpoint, error: &Error, tuned: &mut Tuned) {
-        if !self.learns {
+        if !self.for_worker {
             tuned.ids_unknown = Some(error.to_string());
             return;
         }
@@ -224,7 +226,7 @@ impl Tuner {
         }
     }
 
-    fn one_end(&self, netns: &Netns, name: &str, index: IfIndex) -> Result<(), String> {
+    fn one_end(&self, end: End, netns: &Netns, name: &str, index: IfIndex) -> Result<(), String> {
         let text = |e: Error| e.to_string();
         let mut route = RouteSocket::open_in(netns).map_err(text)?;
         let link = route
@@ -235,17 +237,19 @@ impl Tuner {
             return Err(format!("{name} is down; it is polled once it is up"));
         }
         let now = ethtool::features(netns, name).map_err(text)?;
+        // An end owns a NAPI with GRO on, and it takes what the other end sends without TSO.
+        let (received, sends_to_napi) = match end {
+            End::Host => (self.for_worker, true),
+            End::Pod => (true, self.for_worker),
+        };
         let wanted = Features {
-            gro: true,
-            tso: match self.profile {
-                Profile::Latency => false,
-                Profile::Throughput => now.tso,
-            },
+            gro: now.gro || received,
+            tso: now.tso && !(sends_to_napi && self.profile == Profile::Latency),
         };
         if now != wanted {
             ethtool::set_features(netns, name, wanted).map_err(text)?;
         }
-        if link.qdisc.as_deref() == Some("noqueue") {
+        if sends_to_napi && link.qdisc.as_deref() == Some("noqueue") {
             let mut batch = Batch::new();
             batch.set_pfifo(index, QDISC_LIMIT);
             route.execute(&batch).map_err(|e| {

@@ -297,7 +297,8 @@ fn the_link_goes_down_and_up() {
         lab.containerd
             .start_container(
                 lab.container("c", ["sleep", "1000"])
-                    .netns(&pod.netns.path()),
+                    .netns(&pod.netns.path())
+                    .annotation("kbp.io/worker", "idle"),
             )
             .expect("start");
         let before = lab.state("c").expect("state").interfaces[0].clone();

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 
 use super::wire::random_mac;
 use crate::cni::error::{CniError, Code, Result};
-use crate::cni::options::{DEFAULT_TX_QUEUE_LEN, Profile};
+use crate::cni::options::DEFAULT_TX_QUEUE_LEN;
 use crate::sysctl;
 use crate::wire::{self, Side};
 
@@ -112,8 +112,7 @@ fn finish(host: &mut Side, gateway: &Gateway, port_name: &str, vlan: VlanId) -> 
         if host.route.link_by_index(index)?.is_some_and(|link| link.up) {
             continue;
         }
-        let features = wire::features(Profile::Latency);
-        ethtool::set_features_of_new(&host.route, name, features)?;
+        ethtool::set_features_of_new(&host.route, name, wire::OF_THE_NODE)?;
         let mut batch = Batch::new();
         batch.set_pfifo(index, DEFAULT_TX_QUEUE_LEN).set_up(index);
         host.route.execute(&batch)?;

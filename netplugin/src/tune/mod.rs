@@ -21,7 +21,7 @@ use crate::cni::error::{CniError, Code, Result};
 use crate::cni::options::Options;
 use crate::verbs::open_pod;
 use crate::verify::feature_differences;
-use crate::wire::{Side, features};
+use crate::wire::{Side, Which, features};
 
 /// What a veth has that nobody gave a qdisc.
 const NO_QDISC: &str = "noqueue";
@@ -98,7 +98,8 @@ pub(crate) fn differences(
         Err(_) => return Ok(found),
     };
     feature_differences(
-        [(host, &ends.host), (pod, &ends.pod)],
+        (host, &ends.host),
+        (pod, &ends.pod),
         options.profile,
         &mut found,
     )?;
@@ -106,9 +107,9 @@ pub(crate) fn differences(
         if !end.up {
             found.push(format!("{} is down", end.name));
         }
-        if end.qdisc.as_deref() == Some(NO_QDISC) {
-            found.push(format!("{} has no qdisc", end.name));
-        }
+    }
+    if ends.host.qdisc.as_deref() == Some(NO_QDISC) {
+        found.push(format!("{} has no qdisc", ends.host.name));
     }
     Ok(found)
 }
@@ -165,9 +166,8 @@ fn tune(host: &mut Side, pod: &mut Side, ends: &Ends, options: &Options) -> Resu
     })?;
     host.route
         .execute(Batch::new().set_alias(ends.host.index, &text))?;
-    let limit = options.tx_queue_len;
-    let tuned = change(host, &ends.host, options, limit)
-        .and_then(|()| change(pod, &ends.pod, options, limit));
+    let tuned = change(host, &ends.host, Which::Host, options)
+        .and_then(|()| change(pod, &ends.pod, Which::Pod, options));
     tuned.map_err(|error| match put_back(host, pod, ends, &record) {
         Ok(()) => error,
         Err(more) => error.with_details(&format!("and it could not be undone: {more}")),
@@ -183,13 +183,15 @@ fn before(side: &Side, end: &Link) -> Result<Before> {
     })
 }
 
-fn change(side: &mut Side, end: &Link, options: &Options, limit: u32) -> Result<()> {
-    // Any other qdisc pushes back, too, and somebody wanted it.
-    if end.qdisc.as_deref() == Some(NO_QDISC) {
+fn change(side: &mut Side, end: &Link, which: Which, options: &Options) -> Result<()> {
+    // What a ring of the pod end has no room for waits at the host end. Any other qdisc pushes back, too, and somebody wanted it.
+    if which == Which::Host && end.qdisc.as_deref() == Some(NO_QDISC) {
         side.route
-            .execute(Batch::new().set_pfifo(end.index, limit))?;
+            .execute(Batch::new().set_pfifo(end.index, options.tx_queue_len))?;
     }
-    ethtool::set_features(&side.netns, &end.name, features(options.profile))?;
+    let is = ethtool::features(&side.netns, &end.name)?;
+    let wanted = features(which, options.profile, is);
+    ethtool::set_features(&side.netns, &end.name, wanted)?;
     Ok(())
 }
 

@@ -145,12 +145,12 @@ fn check_finds_each_thing_that_was_changed() {
         (
             Box::new(|| features(&pod.netns, "eth0", false, false)),
             "eth0 has GRO off instead of on",
-            Box::new(|| features(&pod.netns, "eth0", true, false)),
+            Box::new(|| features(&pod.netns, "eth0", true, true)),
         ),
         (
             Box::new(|| features(&world.host, host_end, true, true)),
             "has TSO on instead of off",
-            Box::new(|| features(&world.host, host_end, true, false)),
+            Box::new(|| features(&world.host, host_end, false, false)),
         ),
         (
             Box::new(|| in_pod(&["link", "set", "eth0", "mtu", "1500"])),

@@ -106,7 +106,7 @@ fn tuned_life(version: &str, plugin: &str, dual: bool) {
         assert_eq!(passed, *result, "{plugin} {version}");
     }
     for (pod, result) in [&a, &b].into_iter().zip(&results) {
-        assert!(pod.dump().contains("pfifo"), "{}", pod.dump());
+        assert!(world.dump().contains("pfifo"), "{}", world.dump());
         if has_check(version) {
             world.quiet("CHECK", pod, &with_result(&tune, result));
         }

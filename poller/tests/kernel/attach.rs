@@ -73,10 +73,42 @@ fn an_idle_worker_is_in_the_idle_class_and_wakes_with_traffic() {
 }
 
 #[test]
+fn without_a_worker_only_the_pod_end_is_made_pollable() {
+    let node = Node::new();
+    let ends = [(&node.host, "vhost0"), (&node.pod, "eth0")];
+    let features = || ends.map(|(n, name)| ethtool::features(n, name).expect("features"));
+    let before = features();
+    let attachment = node.attached(node.request("a", WorkerPolicy::None, ""));
+    assert_eq!(
+        features(),
+        [
+            Features {
+                tso: false,
+                ..before[0]
+            },
+            Features {
+                gro: true,
+                ..before[1]
+            }
+        ]
+    );
+    assert_eq!(node.host_link("vhost0").qdisc.as_deref(), Some("pfifo"));
+    assert_eq!(node.pod_link("eth0").qdisc.as_deref(), Some("noqueue"));
+    let state = attachment.state();
+    assert_eq!(state.degraded, []);
+    let [interface] = &state.interfaces[..] else {
+        panic!("{state:?}")
+    };
+    assert!(interface.host_napi.is_none() && interface.pod_napi.is_some());
+    attachment.detach_and_restore().expect("detach");
+    assert_eq!(features(), before);
+}
+
+#[test]
 fn both_ends_are_made_pollable_and_the_state_says_so() {
     let node = Node::new();
     assert_eq!(node.host_link("vhost0").qdisc.as_deref(), Some("noqueue"));
-    let attachment = node.attached(node.request("a", WorkerPolicy::None, ""));
+    let attachment = node.attached(node.request("a", WorkerPolicy::Idle, ""));
 
     for (netns, name) in [(&node.host, "vhost0"), (&node.pod, "eth0")] {
         assert_eq!(ethtool::features(netns, name).expect("features"), POLLABLE);
@@ -86,7 +118,7 @@ fn both_ends_are_made_pollable_and_the_state_says_so() {
 
     let state = attachment.state();
     assert_eq!(state.degraded, []);
-    assert_eq!(state.worker, None);
+    assert!(state.worker.is_some());
     let [interface] = &state.interfaces[..] else {
         panic!("{state:?}")
     };
@@ -137,7 +169,7 @@ fn a_pod_that_lives_on_gets_its_offloads_back() {
 #[test]
 fn the_throughput_profile_leaves_tso() {
     let node = Node::new();
-    let mut request = node.request("a", WorkerPolicy::None, "");
+    let mut request = node.request("a", WorkerPolicy::Idle, "");
     request.policy.profile = Profile::Throughput;
     let attachment = node.attached(request);
     for (netns, name) in [(&node.host, "vhost0"), (&node.pod, "eth0")] {

@@ -169,7 +169,8 @@ fn all() -> Vec<Change> {
 /// Has a change happen `times` times, undone in between; how long each took to be noticed, its making included.
 pub(crate) fn times_to_notice(change: &Change, times: u32) -> Vec<Duration> {
     let node = Node::new();
-    let attachment = node.attached(node.request("a", WorkerPolicy::None, ""));
+    // With a worker, so that both ends matter.
+    let attachment = node.attached(node.request("a", WorkerPolicy::Idle, ""));
     let scene = Scene {
         node,
         elsewhere: Node::empty(),

@@ -69,8 +69,7 @@ fn the_policy_decides_and_the_end_takes_it_back() {
         );
         assert_eq!(of_pod(&node), expected, "{mode} {prefer}");
         // What the pod sends is nobody's to wait for.
-        let host = settings(&node.host, node.host_link("vhost0").index);
-        assert_eq!(host, NONE, "{mode} {prefer}");
+        assert_eq!(state.interfaces[0].host_napi, None, "{mode} {prefer}");
         attachment.detach().expect("detach");
         assert_eq!(of_pod(&node), NONE, "{mode} {prefer}");
     }
