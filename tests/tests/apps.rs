@@ -217,6 +217,51 @@ fn blocking_threads_poll_while_they_are_few() {
     );
 }
 
+/// tokio's registry is a second descriptor of its epoll instance: one loop, on one CPU, which goes on polling.
+#[test]
+fn a_registry_that_is_a_copy_is_no_second_event_loop() {
+    const LONG: Duration = Duration::from_secs(5);
+    /// Several looks later.
+    const WORKED: Duration = Duration::from_secs(3);
+    let sandbox = Sandbox::new().expect("private node");
+    let node = AppNode::start(&sandbox, Settings::default()).expect("node");
+    let one = kbp_kernel::cpu::usable()
+        .expect("cpus")
+        .iter()
+        .next()
+        .expect("a CPU");
+    let server = App::Tokio
+        .serve(&node, Runtime::Kbp, |mut guest| {
+            guest.cpus = Some(one.to_string());
+            guest
+        })
+        .expect("server");
+    let client = node
+        .pod(Runtime::Kbp, &Guest::idle("client"), |_| Ok(()))
+        .expect("client");
+    let command = App::Tokio
+        .load_command(server.address(), 1, LONG)
+        .expect("load");
+    let began = std::time::Instant::now();
+    let mut load = client.exec_start("load", &command).expect("load");
+    wait_until("several looks", LONG, || match began.elapsed() >= WORKED {
+        true => Ok(()),
+        false => Err(String::new()),
+    })
+    .expect("they come");
+    let there = sockets(&server.processes());
+    load.wait(LIMIT)
+        .expect("end of the load")
+        .success()
+        .expect("right answers");
+    assert!(
+        polling(&there) > 0 && polling(&there) == there.epoll.len(),
+        "{there:?}"
+    );
+    client.remove().expect("remove the client");
+    server.remove().expect("remove the server");
+}
+
 fn polling(sockets: &Sockets) -> usize {
     sockets.epoll.iter().filter(|window| **window > 0).count()
 }

@@ -9,6 +9,7 @@
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -70,8 +71,10 @@ struct Found {
     loops: Vec<OwnedFd>,
     /// Connections that a thread waits for by blocking, and listening sockets, from which the next ones inherit.
     blocking: Vec<OwnedFd>,
-    /// How many of these are connections.
-    connections: usize,
+    /// What each of the loops watches. One instance may have several descriptors (tokio's registry is a copy), which watch the same.
+    watched: BTreeSet<Vec<String>>,
+    /// The links of those that are connections: one socket may have several descriptors, too.
+    connections: BTreeSet<PathBuf>,
 }
 
 impl Pollers {
@@ -215,7 +218,7 @@ fn look(watch: &mut Watch) -> Option<bool> {
     let threads = std::fs::read_dir(format!("/proc/{}/task", watch.pid))
         .ok()?
         .count();
-    let crowded = threads.min(found.loops.len() + found.connections) > cpus;
+    let crowded = threads.min(found.pollers()) > cpus;
     watch.few = if crowded { 0 } else { watch.few + 1 };
     if crowded {
         watch.taken = true;
@@ -250,7 +253,10 @@ impl Found {
                         connections.insert(number);
                     }
                     if blocks(&fd) || listens {
-                        found.connections += usize::from(receives);
+                        if receives {
+                            let link = std::fs::read_link(format!("/proc/{pid}/fd/{number}"));
+                            found.connections.extend(link);
+                        }
                         found.blocking.push(fd);
                     }
                 }
@@ -262,16 +268,27 @@ impl Found {
         }
         for (number, fd) in epolls {
             let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}"));
-            let watches = info.unwrap_or_default().lines().any(|line| {
-                let target = line.strip_prefix("tfd:").map(str::trim_start);
-                let target = target.and_then(|rest| rest.split_whitespace().next()?.parse().ok());
-                target.is_some_and(|target: i32| connections.contains(&target))
+            let info = info.unwrap_or_default();
+            let mut watched: Vec<String> = info
+                .lines()
+                .filter_map(|line| Some(line.strip_prefix("tfd:")?.trim_start().to_owned()))
+                .collect();
+            watched.sort_unstable();
+            let watches = watched.iter().any(|line| {
+                let target = line.split_whitespace().next();
+                target.is_some_and(|t| t.parse().is_ok_and(|t: i32| connections.contains(&t)))
             });
             if watches {
                 found.loops.push(fd);
+                found.watched.insert(watched);
             }
         }
         found
+    }
+
+    /// How many threads at most these keep polling.
+    fn pollers(&self) -> usize {
+        self.watched.len() + self.connections.len()
     }
 
     /// Gives what has the window `from` the window `to`; what has another one was given it by its program.
@@ -295,8 +312,8 @@ impl Found {
         if changed > 0 {
             tracing::info!(
                 container = container.id,
-                loops = self.loops.len(),
-                connections = self.connections,
+                loops = self.watched.len(),
+                connections = self.connections.len(),
                 window = to.0,
                 "windows of {changed} sockets and epoll instances changed, by how many poll at once"
             );
@@ -307,4 +324,31 @@ impl Found {
 fn blocks(fd: &OwnedFd) -> bool {
     fcntl(fd, FcntlArg::F_GETFL)
         .is_ok_and(|flags| !OFlag::from_bits_retain(flags).contains(OFlag::O_NONBLOCK))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn a_connection_with_two_descriptors_is_waited_for_once() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
+        let stream = TcpStream::connect(listener.local_addr().expect("address")).expect("connect");
+        let copy = stream.try_clone().expect("a copy");
+        let mut child = Command::new("sleep")
+            .arg("60")
+            .stdin(Stdio::from(OwnedFd::from(stream)))
+            .stdout(Stdio::from(OwnedFd::from(copy)))
+            .spawn()
+            .expect("sleep");
+        let process = PidFd::open(child.id()).expect("a pidfd");
+        let found = Found::of(child.id(), &process);
+        let counts = (found.pollers(), found.blocking.len());
+        let _ = child.kill();
+        let _ = child.wait();
+        assert_eq!(counts, (1, 2));
+    }
 }
