@@ -1,10 +1,12 @@
 //! Other processes: pidfds, their file descriptors and memory, signals; scheduling of threads; reaping of children.
 
+mod aside;
 mod capabilities;
 mod parent;
 mod reap;
 mod scheduling;
 
+pub use aside::{Aside, aside};
 pub use capabilities::{Capability, drop_for_good, give_up, take_up_in_this_thread};
 pub use parent::end_with_parent;
 pub use reap::{Exit, ExitInfo, become_subreaper, consume, peek_ended, wait_any_peek};

@@ -3,8 +3,8 @@
 //! The thread sleeps `lease` after its last wake-up, whatever the NAPIs do. That is the safety net: a dead owner means a sleeping thread.
 //!
 //! What the kernel does (io_uring/sqpoll.c, io_uring/napi.c), each point held by a test:
-//! - The thread belongs to the process, not to the thread that made the ring: it outlives that thread and ends with the
-//!   process or the ring. It inherits the class of its maker, so the class is set on it afterwards, while it sleeps.
+//! - The thread belongs to the process that made the ring, not to the thread: it outlives that thread and ends with the
+//!   process or the ring, and is in the cgroups of that process ([`PollRing::beside`]). It inherits the class of its maker, so the class is set on it afterwards, while it sleeps.
 //! - A NAPI instance is polled in whatever network namespace its device is: ids are unique on the machine.
 //! - The lease runs from when the thread woke or last took an entry off the submission queue. IORING_ENTER_SQ_WAKEUP does
 //!   nothing to a thread that is awake, so [`PollRing::wake`] queues an empty operation, whose completion is suppressed.
@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use io_uring::types::{Napi, NapiTracking};
 use io_uring::{IoUring, opcode, squeue};
 
-use crate::process::{Scheduling, set_scheduling};
+use crate::process::{Aside, Scheduling, aside, set_scheduling};
 use crate::sys::read_text;
 use crate::{CpuId, Error, NapiId, Result, cpu};
 
@@ -41,6 +41,8 @@ pub struct PollRing {
     // Reading the sleep flag and queueing want the submission queue for themselves.
     ring: Mutex<IoUring>,
     thread_id: u32,
+    /// Ends after the ring.
+    aside: Option<Aside>,
 }
 
 impl PollRing {
@@ -70,7 +72,17 @@ impl PollRing {
         Ok(Self {
             ring: Mutex::new(ring),
             thread_id,
+            aside: None,
         })
+    }
+
+    /// As [`PollRing::new`], with the thread in a process beside this one: with cgroup v2, which moves processes only, that
+    /// one can be given a cgroup of its own. It takes a few pages of memory, and ends with the ring or with this process.
+    pub fn beside(options: &RingOptions) -> Result<Self> {
+        let (ring, process) = aside(|| Self::new(options))?;
+        let mut ring = ring?;
+        ring.aside = Some(process);
+        Ok(ring)
     }
 
     /// Adds a NAPI instance; adding it twice is fine. The kernel does not check that there is one with this id, now or later:
@@ -108,7 +120,7 @@ impl PollRing {
         self.lock().submission().need_wakeup()
     }
 
-    /// Thread id of the kernel thread (`iou-sqp-*`), a thread of the calling process.
+    /// Thread id of the kernel thread (`iou-sqp-*`), a thread of the calling process or of one beside it.
     pub fn thread_id(&self) -> u32 {
         self.thread_id
     }

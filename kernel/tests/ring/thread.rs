@@ -229,3 +229,25 @@ fn a_cpu_or_lease_that_cannot_be_is_refused_by_name() {
         assert!(matches!(error, Error::Invalid { .. }), "{error}");
     }
 }
+
+/// As one of this process, except for whose it is.
+#[test]
+fn one_beside_this_process_polls_parks_and_ends_with_the_ring() {
+    let mut ring = PollRing::beside(&options(200)).expect("ring");
+    let tid = ring.thread_id();
+    let process = process::process_of(tid).expect("alive");
+    assert_ne!(process, std::process::id());
+    let used = || process::cpu_time(tid, tid).expect("CPU time");
+    ring.add(NOBODYS).expect("add");
+    assert!(ring.is_asleep());
+    let before = used();
+    ring.wake().expect("wake");
+    eventually("it polls", || used() > before);
+    eventually("it parks", || ring.is_asleep());
+    drop(ring);
+    eventually("both end", || {
+        [tid, process]
+            .iter()
+            .all(|id| !PathBuf::from(format!("/proc/{id}")).exists())
+    });
+}

@@ -4,40 +4,91 @@
 //! that of an idle-class thread alone in one is an ordinary weight: it takes its half of a CPU from a container, and is not preempted
 //! when the container's thread wakes. Nor is the root cgroup a way out, since the scheduler's autogroups make a group of each session
 //! there. What is idle towards everybody is a cgroup at the top with `cpu.idle` set (5.15+). With cgroup v1 a thread can be moved into it
-//! alone; with v2 only a process can, so there it is looked at whether somebody has done that with this one.
+//! alone. With v2 only a process can, so there a worker's thread belongs to a process of its own where its kind allows that
+//! ([`wants_own_process`]); else it is looked at whether somebody has put this process into such a cgroup.
 
 use std::fs;
 use std::io::{Error, ErrorKind};
 use std::path::{Path, PathBuf};
 
+use kbp_kernel::process;
 use nix::errno::Errno;
 
-/// Below the mount of the v1 controller; shared by all processes of kbp, and removed by the last.
+/// At the top of the hierarchy; shared by all processes of kbp, and removed by the last.
 const NAME: &str = "kbp-idle";
 
 /// Another process may remove the group between two steps; each try takes it microseconds.
 const TRIES: u32 = 20;
 
-/// A thread's stay in the idle cgroup; dropping it ends that, and must be done before the thread ends.
+/// A stay in the idle cgroup; dropping it ends that, and must be done before the thread ends.
 #[derive(Debug)]
 pub(super) struct IdleStay {
     root: PathBuf,
-    tid: u32,
+    /// To which ids are written.
+    list: &'static str,
+    /// A thread's with version 1, else a process'.
+    id: u32,
 }
 
-/// Has thread `tid` of this process give way to all other cgroups; None where it does already. Else why it will not.
+/// What threads are moved with.
+const THREADS: &str = "tasks";
+
+/// What processes are moved with.
+const PROCESSES: &str = "cgroup.procs";
+
+/// Has thread `tid`, of this process or one of its own, give way to all other cgroups; None where it does already. Else why it will not.
 pub(super) fn enter(tid: u32) -> Result<Option<IdleStay>, String> {
-    let read = |path: &str| fs::read_to_string(path).map_err(|e| format!("{path}: {e}"));
-    match mounted(&read("/proc/self/mountinfo")?) {
-        Some(Mounted::V1(root)) => join(&root, tid).map(Some),
-        Some(Mounted::V2(root)) => {
-            let own = read("/proc/self/cgroup")?;
-            let autogroups = read("/proc/sys/kernel/sched_autogroup_enabled");
-            idle_as_a_whole(&root, &own, autogroups.is_ok_and(|on| on.trim() != "0"))?;
-            Ok(None)
+    match here()? {
+        Mounted::V1(root) => join(&root, THREADS, tid).map(Some),
+        Mounted::V2(root) => {
+            let Err(reason) = gives_way_as_a_whole(&root) else {
+                return Ok(None);
+            };
+            let process = process::process_of(tid).map_err(|e| e.to_string())?;
+            if process == std::process::id() {
+                return Err(reason);
+            }
+            enable_controller(&root)?;
+            join(&root, PROCESSES, process).map(Some)
         }
-        None => Err("no cgroup controller cpu is mounted".to_owned()),
     }
+}
+
+/// Whether a worker can give way to all other cgroups only if its thread belongs to a process of its own.
+pub(super) fn wants_own_process() -> bool {
+    matches!(here(), Ok(Mounted::V2(root)) if gives_way_as_a_whole(&root).is_err())
+}
+
+fn read(path: impl AsRef<Path>) -> Result<String, String> {
+    let path = path.as_ref();
+    fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))
+}
+
+fn here() -> Result<Mounted, String> {
+    mounted(&read("/proc/self/mountinfo")?)
+        .ok_or_else(|| "no cgroup controller cpu is mounted".to_owned())
+}
+
+fn gives_way_as_a_whole(root: &Path) -> Result<(), String> {
+    let own = read("/proc/self/cgroup")?;
+    let autogroups = read("/proc/sys/kernel/sched_autogroup_enabled");
+    idle_as_a_whole(root, &own, autogroups.is_ok_and(|on| on.trim() != "0"))
+}
+
+/// Has the cgroups at the top of version 2 have weights, as OCI runtimes do for theirs.
+fn enable_controller(root: &Path) -> Result<(), String> {
+    // The only cgroup that has no type is the machine's root.
+    if root.join("cgroup.type").exists() {
+        return Err(format!(
+            "{} is only a part of the machine's cgroups (a cgroup namespace)",
+            root.display()
+        ));
+    }
+    let file = root.join("cgroup.subtree_control");
+    if read(&file)?.split_whitespace().any(|c| c == "cpu") {
+        return Ok(());
+    }
+    fs::write(&file, "+cpu").map_err(|e| format!("enable cpu in {}: {e}", file.display()))
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -72,7 +123,7 @@ fn mounted(mountinfo: &str) -> Option<Mounted> {
     v2
 }
 
-fn join(root: &Path, tid: u32) -> Result<IdleStay, String> {
+fn join(root: &Path, list: &'static str, id: u32) -> Result<IdleStay, String> {
     let dir = root.join(NAME);
     let failed = |what: &str, error: Error| format!("{what} {}: {error}", dir.display());
     // The directory vanished meanwhile.
@@ -92,17 +143,18 @@ fn join(root: &Path, tid: u32) -> Result<IdleStay, String> {
                 return Err(failed("set cpu.idle (Linux 5.15) of", e));
             }
         }
-        match fs::write(dir.join("tasks"), tid.to_string()) {
+        match fs::write(dir.join(list), id.to_string()) {
             Ok(()) => {
                 return Ok(IdleStay {
                     root: root.to_owned(),
-                    tid,
+                    list,
+                    id,
                 });
             }
             Err(e) if gone(&e) && !dir.exists() => {}
             Err(e) => {
                 let _ = fs::remove_dir(&dir);
-                return Err(failed("move a thread to", e));
+                return Err(failed("move a worker to", e));
             }
         }
     }
@@ -139,7 +191,7 @@ fn idle_as_a_whole(root: &Path, own: &str, autogroups: bool) -> Result<(), Strin
 impl Drop for IdleStay {
     fn drop(&mut self) {
         // While it is in there, the group cannot be removed; the kernel takes its time to end a thread.
-        let _ = fs::write(self.root.join("tasks"), self.tid.to_string());
+        let _ = fs::write(self.root.join(self.list), self.id.to_string());
         // Busy while other workers use it.
         let _ = fs::remove_dir(self.root.join(NAME));
     }

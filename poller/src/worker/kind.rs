@@ -102,7 +102,7 @@ pub(super) trait Poller: fmt::Debug + Send {
     fn wake(&mut self) -> Result<()>;
     /// Whether it sleeps now.
     fn is_asleep(&self) -> bool;
-    /// Its thread, where it is one of this process; else the last that the kernel made, 0 before the first.
+    /// Its thread, of this process or one beside it; else the last that the kernel made, 0 before the first.
     fn thread_id(&self) -> u32;
     /// How often it has gone over its instances; None where the kernel does that, and does not count.
     fn rounds(&self) -> Option<u64> {
@@ -110,7 +110,8 @@ pub(super) trait Poller: fmt::Debug + Send {
     }
     /// CPU time that it has used.
     fn busy(&self) -> std::time::Duration {
-        kbp_kernel::process::cpu_time(std::process::id(), self.thread_id()).unwrap_or_default()
+        let tid = self.thread_id();
+        kbp_kernel::process::cpu_time(tid, tid).unwrap_or_default()
     }
 }
 

@@ -1,25 +1,34 @@
 //! A polling ring: one kernel thread for any number of NAPIs of any namespace.
 
+use kbp_kernel::process::Scheduling;
 use kbp_kernel::ring::{PollRing, RingOptions};
 use kbp_kernel::{NapiId, Result};
 
-use super::LEASE;
 use super::kind::{Poller, Seat, Target};
+use super::{LEASE, idle};
 
 #[derive(Debug)]
 pub(super) struct Ring(PollRing);
 
 impl Ring {
     pub(super) fn new(seat: Seat) -> Result<Self> {
-        let ring = PollRing::new(&RingOptions {
+        let options = RingOptions {
             cpu: seat.cpu,
             scheduling: seat.scheduling,
             lease: LEASE,
             // The NAPI stays free between two rounds, so that a packet which comes while the worker is not running is
             // handled by softirq at once instead of waiting for it.
             prefer: false,
-        })?;
-        Ok(Self(ring))
+        };
+        if seat.scheduling == Scheduling::Idle && idle::wants_own_process() {
+            match PollRing::beside(&options) {
+                Ok(ring) => return Ok(Self(ring)),
+                Err(error) => {
+                    tracing::warn!("an idle worker will not be in a cgroup of its own: {error}")
+                }
+            }
+        }
+        Ok(Self(PollRing::new(&options)?))
     }
 }
 

@@ -29,7 +29,7 @@ fn assert_runs_as(worker: &WorkerState, class: Scheduling) {
 }
 
 fn cpu_time(worker: &WorkerState) -> Duration {
-    process::cpu_time(std::process::id(), worker.tid).expect("cpu time")
+    process::cpu_time(worker.tid, worker.tid).expect("cpu time")
 }
 
 #[test]
@@ -47,7 +47,7 @@ fn a_worker_polls_while_packets_flow_and_parks_when_they_stop() {
     wait_parked(worker.tid);
     let traffic = node.traffic();
     node.wait_polled(500);
-    let ran_on = process::last_cpu(std::process::id(), worker.tid).expect("cpu");
+    let ran_on = process::last_cpu(worker.tid, worker.tid).expect("cpu");
     assert_eq!(ran_on, CpuId(worker.cpu));
     drop(traffic);
     wait_parked(worker.tid);

@@ -7,6 +7,7 @@ mod daemon;
 mod defer;
 mod events;
 mod find;
+mod gives_way;
 mod idle;
 mod node;
 mod tool;

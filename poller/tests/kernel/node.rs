@@ -277,10 +277,9 @@ pub(crate) fn wait_until<T>(what: &str, mut there: impl FnMut() -> Option<T>) ->
     }
 }
 
-/// Waits until a polling thread of this process uses no CPU any more.
+/// Waits until a polling thread uses no CPU any more.
 pub(crate) fn wait_parked(tid: u32) {
-    let pid = std::process::id();
-    let used = || process::cpu_time(pid, tid).expect("cpu time");
+    let used = || process::cpu_time(tid, tid).expect("cpu time");
     // It polls without a pause while it is awake, so a span without any use means that it sleeps.
     let mut last = (used(), Instant::now());
     wait_until("the worker to park", || {
@@ -292,9 +291,9 @@ pub(crate) fn wait_parked(tid: u32) {
     });
 }
 
-/// Whether this process has a thread of that id.
+/// Whether there is a thread of that id, of this process or of one beside it.
 pub(crate) fn thread_lives(tid: u32) -> bool {
-    Path::new(&format!("/proc/self/task/{tid}")).exists()
+    Path::new(&format!("/proc/{tid}")).exists()
 }
 
 /// A CPU that this process may use.

@@ -7,6 +7,7 @@ use kbp_poller::policy::{BusyPollMode, WorkerPolicy};
 use kbp_poller::state::{self, Degraded, Part};
 
 use crate::changes;
+use crate::gives_way;
 use crate::known::Known;
 use crate::node::{Node, any_cpu, ip, thread_lives, wait_parked, wait_until};
 
@@ -179,6 +180,12 @@ fn every_change_of_a_link_is_noticed_by_an_event_in_a_guest() {
     for change in changes::visible(Known::here().napi_ids) {
         changes::times_to_notice(&change, 1);
     }
+}
+
+#[test]
+#[ignore = "run in an emulated machine by linux_*"]
+fn an_idle_worker_gives_way_to_other_cgroups_or_says_that_it_does_not_in_a_guest() {
+    gives_way::gives_way_or_says_that_it_does_not();
 }
 
 /// A NAPI's own thread is the only worker that outlives its owner: who comes next ends it.

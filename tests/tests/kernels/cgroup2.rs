@@ -2,13 +2,16 @@
 
 use kbp_tests::command::Running;
 use kbp_tests::lab::on_with;
-use kbp_tests::{Arm, Lab, Settings, wait_until};
+use kbp_tests::{Arm, Lab, Run, Settings, wait_until};
 
 /// Longest wait for anything: the CPUs are emulated, on a machine that may be busy.
 const LIMIT: std::time::Duration = std::time::Duration::from_secs(90);
 
 /// Memory of a container, in bytes.
-const LIMITED: u64 = 64 << 20;
+pub(crate) const LIMITED: u64 = 64 << 20;
+
+/// Describes a container `id` that runs a shell script and has [`LIMITED`] bytes of memory.
+type Limited<'a> = &'a dyn Fn(&str, &str) -> Run;
 
 #[test]
 #[ignore = "run in an emulated machine by linux_*"]
@@ -19,23 +22,28 @@ fn run_exec_oom_stats_and_delete_in_a_guest() {
         "the memory controller is on v2's side"
     );
     on_with(Arm::KBP, Settings::default(), |lab| {
-        lives(lab);
-        runs_out_of_memory(lab);
-        dies_of_it(lab);
+        all(lab, &|id, script| {
+            lab.script(id, script).flag("--memory-limit", LIMITED)
+        });
     });
 }
 
-/// Run, exec, stats, delete.
-fn lives(lab: &Lab<'_>) {
+/// Run, exec, stats, delete, and memory that runs out; the cgroup that it was in.
+pub(crate) fn all(lab: &Lab<'_>, limited: Limited<'_>) -> String {
+    let cgroup = lives(lab, limited);
+    runs_out_of_memory(lab, limited);
+    dies_of_it(lab, limited);
+    cgroup
+}
+
+fn lives(lab: &Lab<'_>, limited: Limited<'_>) -> String {
     let output = lab
         .containerd
         .run(&lab.script("hello", "echo hello; exit 7"));
     let output = output.expect("run");
     assert_eq!((output.code, output.stdout.as_str()), (Some(7), "hello\n"));
 
-    let container = lab
-        .script("lives", "while :; do sleep 0.2; done")
-        .flag("--memory-limit", LIMITED);
+    let container = limited("lives", "while :; do sleep 0.2; done");
     lab.containerd.start_container(container).expect("start");
     lab.answers("lives");
     let pid = lab.containerd.pid("lives").expect("pid");
@@ -63,6 +71,7 @@ fn lives(lab: &Lab<'_>) {
         }
     })
     .expect("gone");
+    path.to_owned()
 }
 
 /// A subscription to containerd's events. `ctr` does not say when it has subscribed: events are made until one is seen.
@@ -81,13 +90,13 @@ fn subscribe(lab: &Lab<'_>) -> Running {
 }
 
 /// The kernel kills what has no memory left, and the shim tells; the container goes on.
-fn runs_out_of_memory(lab: &Lab<'_>) {
+fn runs_out_of_memory(lab: &Lab<'_>, limited: Limited<'_>) {
     let mut events = subscribe(lab);
     // A shim looks for it from the start on, so it comes later. What is killed is the child that asks for it, and the shell needs
     // no other child afterwards: what was killed may not have given its memory back by then.
     let script = "sleep 1000 & until [ -e /tmp/go ]; do sleep 0.05; done; head -c 200000000 /dev/zero | \
                   (echo 1000 >/proc/self/oom_score_adj; exec tail -c 100000000) | wc -c; wait";
-    let container = lab.script("eats", script).flag("--memory-limit", LIMITED);
+    let container = limited("eats", script);
     lab.containerd.start_container(container).expect("start");
     std::fs::write(lab.rootfs.dir().join("tmp/go"), "").expect("write");
     wait_until("the event", LIMIT, || {
@@ -110,11 +119,11 @@ fn runs_out_of_memory(lab: &Lab<'_>) {
 }
 
 /// The init itself has no memory left: that is told before its end.
-fn dies_of_it(lab: &Lab<'_>) {
+fn dies_of_it(lab: &Lab<'_>, limited: Limited<'_>) {
     let mut events = subscribe(lab);
     let script =
         "until [ -e /tmp/die ]; do sleep 0.05; done; exec tail -c 100000000 /dev/zero >/dev/null";
-    let container = lab.script("dies", script).flag("--memory-limit", LIMITED);
+    let container = limited("dies", script);
     lab.containerd.start_container(container).expect("start");
     std::fs::write(lab.rootfs.dir().join("tmp/die"), "").expect("write");
     let told = wait_until("the exit", LIMIT, || {

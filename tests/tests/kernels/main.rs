@@ -9,6 +9,8 @@ mod cgroup2;
 #[path = "../../../poller/tests/kernel/changes.rs"]
 mod changes;
 mod doctor;
+#[path = "../../../poller/tests/kernel/gives_way.rs"]
+mod gives_way;
 mod known;
 #[path = "../../../poller/tests/kernel/node.rs"]
 #[allow(dead_code, reason = "the poller's own tests use more of it")]
@@ -72,6 +74,14 @@ fn linux_7() {
 #[test]
 fn linux_7_under_systemd() {
     run("7", "in_a_booted_guest", &[("VM_INIT", "systemd")]);
+}
+
+/// Debian 12's systemd knows the old hierarchies, and kernels do up to today.
+#[test]
+#[ignore = "run by make test-kernels"]
+fn linux_6_18_under_systemd_with_cgroup_v1() {
+    let environment = [("VM_INIT", "systemd"), ("VM_CGROUP", "1")];
+    run("6.18", "on_cgroup_v1", &environment);
 }
 
 /// A machine of its own, so that the others keep their time.

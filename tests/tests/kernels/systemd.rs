@@ -11,7 +11,11 @@ use kbp_kernel::process;
 use kbp_poller::api::{self, AttachRequest};
 use kbp_poller::client::{Attached, Client};
 use kbp_tests::binaries::kbp_binary;
+use kbp_tests::lab::on_with;
+use kbp_tests::{Arm, Settings};
+use serde_json::json;
 
+use crate::cgroup2;
 use crate::node::{any_cpu, ip, wait_until};
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -43,7 +47,7 @@ fn client() -> Client {
     Client::connect(&socket, LIMIT).expect("connect")
 }
 
-fn install() {
+fn install() -> Installed {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/systemd");
     for unit in ["kbp-poller.service", "kbp-poller.socket"] {
         let to = Path::new("/run/systemd/system").join(unit);
@@ -62,6 +66,17 @@ fn install() {
     let said = String::from_utf8_lossy(&verified.stderr);
     let ours: Vec<&str> = said.lines().filter(|l| l.contains("kbp-poller")).collect();
     assert!(verified.status.success() && ours.is_empty(), "{said}");
+    Installed
+}
+
+/// Ends the daemon and its socket, however a test ends.
+struct Installed;
+
+impl Drop for Installed {
+    fn drop(&mut self) {
+        let units = [SERVICE, "kbp-poller.socket"];
+        let _ = Command::new("systemctl").arg("stop").args(units).status();
+    }
 }
 
 /// A namespace that is made after the daemon was started: its mount has to arrive in the service's own mount namespace.
@@ -99,7 +114,7 @@ fn is_listed() -> bool {
 #[test]
 #[ignore = "run in an emulated machine by linux_7_under_systemd"]
 fn the_units_activate_confine_watch_and_restart_the_daemon_in_a_booted_guest() {
-    install();
+    let _installed = install();
     let host = Netns::current().expect("own namespace");
     // Socket activation: nothing runs until somebody asks.
     systemctl(&["start", "kbp-poller.socket"]);
@@ -168,4 +183,86 @@ fn the_units_activate_confine_watch_and_restart_the_daemon_in_a_booted_guest() {
     assert!(!Path::new("/run/kbp/poller.pid").exists());
     assert!(Path::new("/run/kbp/poller.sock").exists());
     assert!(is_listed(), "started again by the question");
+}
+
+/// The idle-class worker of the confined daemon gives way to all other cgroups, whichever version the machine has.
+fn idle_workers_are_in_the_idle_cgroup(hierarchy: &str) {
+    let _installed = install();
+    let host = Netns::current().expect("own namespace");
+    systemctl(&["start", SERVICE]);
+    let pod = make_pod(&host);
+    let request = AttachRequest {
+        id: "idle".to_owned(),
+        namespace: "test".to_owned(),
+        netns: "/run/netns/pod".to_owned(),
+        worker: "idle".to_owned(),
+        ..AttachRequest::default()
+    };
+    let attached = match client().attach(&request).expect("attach") {
+        Attached::Pod(attached) => attached,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(attached.degraded, []);
+    let reason = &attached.worker_reason;
+    assert!(!reason.contains("warning"), "{reason}");
+    let worker = attached.worker.as_ref().expect("a worker");
+    assert_eq!((worker.policy.as_str(), worker.idle_class), ("idle", true));
+    let groups = std::fs::read_to_string(format!("/proc/{0}/task/{0}/cgroup", worker.tid));
+    let groups = groups.expect("its cgroups");
+    assert!(groups.contains(":/kbp-idle\n"), "{groups}");
+    let group = Path::new(hierarchy).join("kbp-idle");
+    let idle = std::fs::read_to_string(group.join("cpu.idle")).expect("cpu.idle");
+    assert_eq!(idle.trim(), "1");
+    wait_polled(&host, &pod);
+
+    // With its daemon the worker goes, and with the service the group.
+    systemctl(&["stop", SERVICE]);
+    wait_until("the group to go", || (!group.exists()).then_some(()));
+    wait_until("the thread to end", || {
+        let thread = format!("/proc/{}", worker.tid);
+        (!Path::new(&thread).exists()).then_some(())
+    });
+    ip(&host, "netns delete pod");
+}
+
+#[test]
+#[ignore = "run in an emulated machine by linux_7_under_systemd"]
+fn idle_workers_of_the_service_are_in_the_idle_cgroup_in_a_booted_guest() {
+    idle_workers_are_in_the_idle_cgroup("/sys/fs/cgroup");
+}
+
+#[test]
+#[ignore = "run in an emulated machine by linux_6_18_under_systemd_with_cgroup_v1"]
+fn idle_workers_of_the_service_are_in_the_idle_cgroup_on_cgroup_v1() {
+    idle_workers_are_in_the_idle_cgroup("/sys/fs/cgroup/cpu,cpuacct");
+}
+
+/// `SystemdCgroup = true`, and a path of systemd's: the containers' cgroups are scopes of the real systemd.
+#[test]
+#[ignore = "run in an emulated machine by linux_7_under_systemd"]
+fn containers_are_scopes_of_systemd_in_a_booted_guest() {
+    on_with(Arm::KBP, Settings::default(), |lab| {
+        // The node's /run is its own, and systemd's sockets are below the machine's.
+        let link = lab.sandbox.dir().join("run/systemd");
+        std::os::unix::fs::symlink("/proc/1/root/run/systemd", &link).expect("link");
+        let options = lab.sandbox.dir().join("options.toml");
+        std::fs::write(&options, "SystemdCgroup = true\n").expect("options");
+        let scope = |id: &str| format!("kbp-{}-{id}.scope", lab.sandbox.name());
+        let cgroup = cgroup2::all(lab, &|id, script| {
+            let mut spec = lab.spec(id, &["sh", "-c", script]).expect("spec");
+            let path = format!("kbptest.slice:kbp-{}:{id}", lab.sandbox.name());
+            spec["linux"]["cgroupsPath"] = path.into();
+            spec["linux"]["resources"]["memory"] = json!({ "limit": cgroup2::LIMITED });
+            lab.container_of_spec(id, &spec)
+                .flag("--runtime-config-path", options.display())
+        });
+        assert_eq!(cgroup, format!("/kbptest.slice/{}", scope("lives")));
+        for id in ["lives", "eats", "dies"] {
+            let state = ["show", "--property", "ActiveState", "--value", &scope(id)];
+            wait_until("the end of its scope", || {
+                (systemctl(&state) == "inactive").then_some(())
+            });
+        }
+        std::fs::remove_file(&link).expect("remove the link");
+    });
 }
