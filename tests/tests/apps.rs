@@ -6,7 +6,7 @@ use std::time::Duration;
 use kbp_poller::state;
 use kbp_tests::apps::{App, AppNode, Guest};
 use kbp_tests::lab::LIMIT;
-use kbp_tests::{Leftovers, Runtime, Sandbox, Settings, Sockets, wait_until};
+use kbp_tests::{Leftovers, Runtime, Sandbox, Settings, Sockets, not_tested, wait_until};
 
 const SERVER: u32 = 61;
 const CLIENT: u32 = 43;
@@ -31,8 +31,7 @@ fn sockets(pids: &[u32]) -> Sockets {
 
 fn serves_and_polls(app: App) {
     if let Some(reason) = app.wanting() {
-        println!("{}: not run: {reason}", app.name());
-        return;
+        return not_tested(&format!("{}: {reason}", app.name()));
     }
     let sandbox = Sandbox::new().expect("private node");
     let node = AppNode::start(&sandbox, Settings::default()).expect("node");

@@ -116,7 +116,8 @@ fn mounted(mountinfo: &str) -> Option<Mounted> {
             {
                 return Some(Mounted::V1(point.into()));
             }
-            (Some("cgroup2"), _) => v2 = Some(Mounted::V2(point.into())),
+            // Nor is one group that is mounted for itself, as a service has it that may write to no other.
+            (Some("cgroup2"), _) if root == "/" => v2 = Some(Mounted::V2(point.into())),
             _ => {}
         }
     }
@@ -221,6 +222,9 @@ mod tests {
         );
         let v2 = "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate\n";
         assert_eq!(mounted(v2), Some(Mounted::V2("/sys/fs/cgroup".into())));
+        let and_a_part =
+            format!("{v2}31 30 0:26 /kbp-idle /sys/fs/cgroup/kbp-idle rw - cgroup2 cgroup2 rw\n");
+        assert_eq!(mounted(&and_a_part), mounted(v2));
         assert_eq!(mounted("1 1 8:1 / / rw - ext4 /dev/sda1 rw\n"), None);
     }
 

@@ -8,6 +8,7 @@ mod bench;
 mod cgroup2;
 #[path = "../../../poller/tests/kernel/changes.rs"]
 mod changes;
+mod checkpoint;
 mod doctor;
 #[path = "../../../poller/tests/kernel/gives_way.rs"]
 mod gives_way;
