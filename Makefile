@@ -110,7 +110,7 @@ test-kernels: needs-root deps build
 	for series in $(KERNELS); do tests/scripts/fetch-kernel $$series $(CURDIR)/target || exit 1; done
 	KBP_BIN_DIR=$(CURDIR)/$(RELEASE) $(CARGO) test --locked --package kbp-tests --test kernels -- \
 	    --include-ignored --exact --test-threads=1 --nocapture $(foreach k,$(KERNELS),linux_$(subst .,_,$(k))) \
-	    $(if $(filter 6.1,$(KERNELS)),bench_with_cgroup_v2) $(if $(filter 7,$(KERNELS)),linux_7_under_systemd) \
+	    $(if $(filter 6.1,$(KERNELS)),bench_and_checkpoint_with_cgroup_v2) $(if $(filter 7,$(KERNELS)),linux_7_under_systemd) \
 	    $(if $(filter 6.18,$(KERNELS)),linux_6_18_under_systemd_with_cgroup_v1)
 
 lint:

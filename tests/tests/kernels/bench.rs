@@ -27,7 +27,7 @@ fn read(group: &Path, file: &str) -> String {
 }
 
 #[test]
-#[ignore = "run in an emulated machine by bench_with_cgroup_v2"]
+#[ignore = "run in an emulated machine by bench_and_checkpoint_with_cgroup_v2"]
 fn spinners_are_in_an_idle_cgroup_while_it_measures_on_cgroup_v2() {
     let sandbox = Sandbox::new().expect("node");
     let containerd = Containerd::start(&sandbox, Generation::Machine).expect("containerd");

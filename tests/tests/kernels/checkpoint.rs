@@ -1,20 +1,15 @@
-//! There and back with criu, on a kernel that Debian 12's criu knows. On others it says so, for which the shim's own tests are.
+//! There and back with criu, on a kernel that Debian 12's criu knows: 6.1. That it is told on others is for the shim's own tests.
 
 use kbp_tests::lab::on_with;
 use kbp_tests::{Arm, Run, Runtime, Settings, wait_until};
-
-use crate::known::Known;
 
 const IMAGE: &str = "docker.io/library/counts:test";
 const CHECKPOINT: &str = "docker.io/library/counts:then";
 const LIMIT: std::time::Duration = std::time::Duration::from_secs(90);
 
 #[test]
-#[ignore = "run in an emulated machine by linux_*"]
-fn a_checkpoint_brings_a_container_back_in_a_guest() {
-    if Known::here().series != "6.1" {
-        return;
-    }
+#[ignore = "run in an emulated machine by bench_and_checkpoint_with_cgroup_v2"]
+fn a_checkpoint_brings_a_container_back_on_cgroup_v2() {
     on_with(Arm::KBP, Settings::default(), |lab| {
         let count = "id=$(cat /proc/sys/kernel/random/uuid); n=0; while sleep 0.1; do n=$((n + 1)); echo $id $n >/tmp/n; done";
         let archive = lab

@@ -88,6 +88,6 @@ fn linux_6_18_under_systemd_with_cgroup_v1() {
 /// A machine of its own, so that the others keep their time.
 #[test]
 #[ignore = "run by make test-kernels"]
-fn bench_with_cgroup_v2() {
+fn bench_and_checkpoint_with_cgroup_v2() {
     run("6.1", "on_cgroup_v2", &[]);
 }
