@@ -1,8 +1,12 @@
 //! The whole way on a machine with cgroup v2 only: containerd, the shim, runc. The development machine has v1.
 
+use std::path::Path;
+
 use kbp_tests::command::Running;
 use kbp_tests::lab::on_with;
 use kbp_tests::{Arm, Lab, Run, Settings, wait_until};
+
+use crate::known::Known;
 
 /// Longest wait for anything: the CPUs are emulated, on a machine that may be busy.
 const LIMIT: std::time::Duration = std::time::Duration::from_secs(90);
@@ -25,7 +29,40 @@ fn run_exec_oom_stats_and_delete_in_a_guest() {
         all(lab, &|id, script| {
             lab.script(id, script).flag("--memory-limit", LIMITED)
         });
+        polls_in_idle_cycles(lab);
     });
+}
+
+/// The shim's own idle worker is in the idle cgroup, or the pod's state says why not; with the container it goes.
+fn polls_in_idle_cycles(lab: &Lab<'_>) {
+    let pod = lab.pod("pod");
+    let container = lab
+        .script("idles", "while :; do sleep 0.2; done")
+        .netns(&pod.netns.path())
+        .annotation("kbp.io/worker", "idle");
+    lab.containerd.start_container(container).expect("start");
+    let state = wait_until("the state of the pod", LIMIT, || {
+        let state = lab.state("idles").filter(|s| s.worker.is_some());
+        state.ok_or_else(|| format!("{:?}\n{}", lab.state("idles"), lab.containerd.log()))
+    });
+    let state = state.expect("a worker");
+    let tid = state.worker.expect("a worker").tid;
+    let group = Path::new("/sys/fs/cgroup/kbp-idle");
+    let own = std::fs::read_to_string(format!("/proc/{tid}/task/{tid}/cgroup"));
+    let is_idle = own.expect("its cgroup") == "0::/kbp-idle\n";
+    let reason = state.worker_reason;
+    assert_eq!(is_idle, Known::here().sqpoll, "{reason}");
+    assert_ne!(is_idle, reason.contains("warning"), "{reason}");
+    lab.containerd.remove("idles").expect("remove");
+    wait_until("the end of the worker", LIMIT, || {
+        let left = [group.to_owned(), format!("/proc/{tid}").into()];
+        let left: Vec<_> = left.iter().filter(|path| path.exists()).collect();
+        match left.is_empty() {
+            true => Ok(()),
+            false => Err(format!("{left:?}")),
+        }
+    })
+    .expect("gone");
 }
 
 /// Run, exec, stats, delete, and memory that runs out; the cgroup that it was in.
