@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use kbp_kernel::cpu;
 use kbp_kernel::netns::Netns;
 use kbp_kernel::netstat::busy_poll_rx_packets;
 use kbp_kernel::process;
@@ -213,6 +214,10 @@ fn idle_workers_are_in_the_idle_cgroup(hierarchy: &str) {
     let group = Path::new(hierarchy).join("kbp-idle");
     let idle = std::fs::read_to_string(group.join("cpu.idle")).expect("cpu.idle");
     assert_eq!(idle.trim(), "1");
+    // A thread that wakes up is put where only an idle class runs, and there the sender would handle what it sends.
+    let elsewhere = cpu::usable().expect("cpus");
+    let elsewhere = elsewhere.iter().filter(|c| c.0 != worker.cpu).collect();
+    kbp_kernel::process::set_affinity(0, &elsewhere).expect("pin");
     wait_polled(&host, &pod);
 
     // With its daemon the worker goes, and with the service the group.
