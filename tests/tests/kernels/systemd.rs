@@ -220,9 +220,8 @@ fn idle_workers_are_in_the_idle_cgroup(hierarchy: &str) {
     kbp_kernel::process::set_affinity(0, &elsewhere).expect("pin");
     wait_polled(&host, &pod);
 
-    // With its daemon the worker goes, and with the service the group.
+    // With its daemon the worker goes.
     systemctl(&["stop", SERVICE]);
-    wait_until("the group to go", || (!group.exists()).then_some(()));
     wait_until("the thread to end", || {
         let thread = format!("/proc/{}", worker.tid);
         (!Path::new(&thread).exists()).then_some(())
