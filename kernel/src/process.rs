@@ -11,8 +11,8 @@ pub use capabilities::{Capability, drop_for_good, give_up, take_up_in_this_threa
 pub use parent::end_with_parent;
 pub use reap::{Exit, ExitInfo, become_subreaper, consume, peek_ended, wait_any_peek};
 pub use scheduling::{
-    Scheduling, affinity, affinity_count, cpu_time, cpu_time_of_all, last_cpu, scheduling,
-    set_affinity, set_scheduling,
+    Scheduling, Switches, Turns, affinity, affinity_count, cpu_time, cpu_time_of_all, last_cpu,
+    scheduling, set_affinity, set_scheduling, switches, turns,
 };
 
 use std::io::{IoSliceMut, Read as _, Write as _};

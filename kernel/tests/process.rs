@@ -286,3 +286,36 @@ fn a_process_ends_with_the_thread_that_started_it() {
     assert_eq!(status.get().and_then(|s| signal(&s)), Some(9));
     assert!(free.0.try_wait().expect("wait").is_none(), "it lives on");
 }
+
+#[test]
+fn turns_and_switches_of_a_thread_are_counted() {
+    let (tell, told) = mpsc::channel();
+    let (go, gone) = mpsc::channel::<()>();
+    let thread = thread::spawn(move || {
+        tell.send(nix::unistd::gettid().as_raw() as u32)
+            .expect("tell the id");
+        while gone.recv().is_ok() {}
+    });
+    let pid = std::process::id();
+    let tid = told.recv().expect("an id");
+    let read = || {
+        (
+            process::turns(pid, tid).expect("turns"),
+            process::switches(pid, tid).expect("switches"),
+        )
+    };
+    let before = read();
+    // Each message is one for which it has to be woken, unless it has not slept yet.
+    eventually("it sleeps and runs in turns", || {
+        go.send(()).expect("wake it");
+        let now = read();
+        now.0.count > before.0.count
+            && now.0.ran > before.0.ran
+            && now.1.voluntary > before.1.voluntary
+    });
+    assert!(process::cpu_time(pid, tid).expect("time") >= before.0.ran);
+    drop(go);
+    thread.join().expect("thread");
+    let error = process::switches(pid, tid).expect_err("it is gone");
+    assert!(error.to_string().contains("status"), "{error}");
+}

@@ -58,6 +58,14 @@ struct Exit {
 #[derive(Clone, PartialEq, Message)]
 struct Nothing {}
 
+#[derive(Clone, PartialEq, Message)]
+struct Update {
+    #[prost(string, tag = "1")]
+    id: String,
+    #[prost(message, optional, tag = "2")]
+    resources: Option<Any>,
+}
+
 /// The tasks of one containerd. Their containers are made with [`crate::Run::create_arguments`].
 #[derive(Debug)]
 pub struct Tasks {
@@ -111,6 +119,19 @@ impl Tasks {
     pub fn wait(&self, id: &str) -> Result<u32> {
         let exit: Exit = self.call("Wait", &Self::process(id, ""))?;
         Ok(exit.status)
+    }
+
+    /// Changes the limits of a task: `resources` of the runtime specification.
+    pub fn update(&self, id: &str, resources: &serde_json::Value) -> Result<()> {
+        let update = Update {
+            id: id.to_owned(),
+            resources: Some(Any {
+                type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
+                    .to_owned(),
+                value: resources.to_string().into_bytes(),
+            }),
+        };
+        self.call::<Nothing>("Update", &update).map(drop)
     }
 
     /// Kills everything of a task and waits for its end.

@@ -9,7 +9,7 @@ use kbp_kernel::process::PidFd;
 use kbp_kernel::sockopt;
 use kbp_tests::apps::processes;
 use kbp_tests::lab::{LIMIT, join_netns, on, on_with};
-use kbp_tests::{Arm, Containerd, Lab, Run, Runtime, Settings, fixtures, wait_until};
+use kbp_tests::{Arm, Containerd, Lab, Run, Runtime, Settings, Tasks, fixtures, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -103,6 +103,80 @@ fn windows(lab: &Lab<'_>, container: &str, told: &str) -> Result<BTreeMap<String
         windows.insert(name.to_owned(), window.map_err(|e| e.to_string())?.0);
     }
     Ok(windows)
+}
+
+/// Whether exactly `had` have this window, of all that there are.
+fn only_these_have(windows: &BTreeMap<String, u32>, had: &[String], window: u32) -> bool {
+    windows.iter().all(|(name, now)| {
+        let expected = if had.contains(name) { window } else { 0 };
+        *now == expected
+    })
+}
+
+#[test]
+fn what_is_there_follows_the_cpuset_and_the_quota() {
+    on(Arm::KBP, |lab| {
+        with_ways(lab);
+        let pod = lab.pod("pod");
+        let mut spec = lab.spec("c", &["/usr/bin/ways", "make"]).expect("spec");
+        join_netns(&mut spec, &pod.netns.path());
+        spec["process"]["noNewPrivileges"] = false.into();
+        let online = kbp_kernel::cpu::Topology::read().expect("CPUs").online;
+        let first = online.iter().next().expect("a CPU").to_string();
+        spec["linux"]["resources"]["cpu"] = serde_json::json!({ "cpus": first });
+        let log = lab.sandbox.dir().join("ways.log");
+        let run = lab
+            .container_of_spec("c", &spec)
+            .flag("--log-uri", format!("file://{}", log.display()));
+        lab.containerd.start_container(run).expect("start");
+        let told = wait_until("every way", LIMIT, || {
+            let told = std::fs::read_to_string(&log).unwrap_or_default();
+            match told.lines().filter(|l| l.ends_with("ready")).count() {
+                5 => Ok(told),
+                _ => Err(told),
+            }
+        })
+        .expect("ready");
+        let now = || windows(lab, "c", &told).expect("windows");
+        let before = now();
+        let window = before["v4-accepted"];
+        // Under `auto` not every process has polling epoll instances, so they are taken as they are.
+        let had: Vec<String> = before
+            .iter()
+            .filter(|(_, window)| **window > 0)
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in ["v4-accepted", "forked-socket", "v6-udp-connected"] {
+            assert!(had.iter().any(|h| h == name), "{name}: {before:#?}");
+        }
+        assert!(had.iter().any(|h| h.contains("epoll")), "{before:#?}");
+        assert!(only_these_have(&before, &had, window), "{before:#?}");
+
+        let tasks = Tasks::of(&lab.containerd);
+        let update = |cpu: serde_json::Value| {
+            tasks
+                .update("c", &serde_json::json!({ "cpu": cpu }))
+                .expect("update");
+            now()
+        };
+        let tight = update(serde_json::json!({ "quota": 10_000, "period": 100_000 }));
+        assert!(tight.values().all(|window| *window == 0), "{tight:#?}");
+        let wide = update(serde_json::json!({ "quota": -1 }));
+        assert_eq!(wide["v4-accepted"], window);
+        assert!(
+            had.iter().all(|name| wide[name] == window),
+            "{before:#?} and then {wide:#?}"
+        );
+        // Every online CPU is nobody's own.
+        let shared = update(serde_json::json!({ "cpus": online.to_string() }));
+        let short = kbp_poller::window::SHORT.0;
+        assert!(short < window || online.len() == 1);
+        assert!(
+            had.iter().all(|name| shared[name] == short),
+            "{before:#?} and then {shared:#?}"
+        );
+        lab.containerd.remove("c").expect("remove");
+    });
 }
 
 fn every_way_has_its_window(lab: &Lab<'_>) {

@@ -163,14 +163,63 @@ pub fn cpu_time_of_all(pid: u32) -> Result<Duration> {
 
 /// Time that thread `tid` of process `pid` has spent on a CPU (/proc/PID/task/TID/schedstat, to the nanosecond).
 pub fn cpu_time(pid: u32, tid: u32) -> Result<Duration> {
+    Ok(turns(pid, tid)?.ran)
+}
+
+/// A thread's turns on CPUs since it began (/proc/PID/task/TID/schedstat).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Turns {
+    /// Time on a CPU.
+    pub ran: Duration,
+    /// Time in which it could have run and waited for a CPU.
+    pub waited: Duration,
+    /// How often it got one.
+    pub count: u64,
+}
+
+/// The turns of thread `tid` of process `pid`.
+pub fn turns(pid: u32, tid: u32) -> Result<Turns> {
     let path = format!("/proc/{pid}/task/{tid}/schedstat");
     let text = read_text(&path)?;
-    text.split_whitespace()
-        .next()
-        .and_then(|field| field.parse().ok())
-        .map(Duration::from_nanos)
-        .ok_or_else(|| Error::Protocol {
+    let mut fields = text.split_whitespace().map(str::parse);
+    let (Some(Ok(ran)), Some(Ok(waited)), Some(Ok(count))) =
+        (fields.next(), fields.next(), fields.next())
+    else {
+        return Err(Error::Protocol {
             what: format!("read {path}"),
             detail: format!("{text:?}"),
-        })
+        });
+    };
+    Ok(Turns {
+        ran: Duration::from_nanos(ran),
+        waited: Duration::from_nanos(waited),
+        count,
+    })
+}
+
+/// How often a thread has left its CPU since it began (/proc/PID/task/TID/status).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Switches {
+    /// Because it had nothing to do.
+    pub voluntary: u64,
+    /// Because another thread was to run.
+    pub forced: u64,
+}
+
+/// The switches of thread `tid` of process `pid`.
+pub fn switches(pid: u32, tid: u32) -> Result<Switches> {
+    let path = format!("/proc/{pid}/task/{tid}/status");
+    let text = read_text(&path)?;
+    let field = |name: &str| -> Result<u64> {
+        text.lines()
+            .find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
+            .ok_or_else(|| Error::Protocol {
+                what: format!("read {path}"),
+                detail: format!("no number behind {name}"),
+            })
+    };
+    Ok(Switches {
+        voluntary: field("voluntary_ctxt_switches:")?,
+        forced: field("nonvoluntary_ctxt_switches:")?,
+    })
 }

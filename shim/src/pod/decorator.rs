@@ -9,7 +9,7 @@ use containerd_shim_protos::protobuf::well_known_types::empty::Empty;
 use containerd_shim_protos::shim_async::Task;
 use containerd_shim_protos::ttrpc::{self, Code, r#async::TtrpcContext};
 use kbp_poller::config::Config;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::timeout;
 
 use super::life::{LoadConfig, Pod, restore};
@@ -40,13 +40,18 @@ pub(super) fn decorate_with(
 ) -> Decorator {
     let (sender, receiver) = mpsc::unbounded_channel();
     let pod = Arc::new(Pod::new(context, config, sender));
-    tokio::spawn(watch(receiver, Arc::downgrade(&pod)));
+    let woken = Arc::new(Notify::new());
+    tokio::spawn(watch(receiver, Arc::downgrade(&pod), Arc::clone(&woken)));
+    tokio::spawn(adapt(Arc::downgrade(&pod), woken));
     Decorator { next, pod }
 }
 
 /// Logs what the notifier tells, and keeps the state file up to date.
-async fn watch(mut events: mpsc::UnboundedReceiver<Event>, pod: Weak<Pod>) {
+async fn watch(mut events: mpsc::UnboundedReceiver<Event>, pod: Weak<Pod>, woken: Arc<Notify>) {
     while let Some(event) = events.recv().await {
+        if matches!(event, Event::Listening { .. } | Event::Active) {
+            woken.notify_one();
+        }
         let pod = Weak::clone(&pod);
         match event {
             Event::Listening { container, pid } => {
@@ -70,6 +75,26 @@ async fn watch(mut events: mpsc::UnboundedReceiver<Event>, pod: Weak<Pod>) {
                 });
             }
         }
+    }
+}
+
+/// Looks from time to time whether windows hurt: while something happens, and as long as the pod does anything.
+async fn adapt(pod: Weak<Pod>, woken: Arc<Notify>) {
+    let mut pause = None;
+    loop {
+        let by_event = match pause {
+            None => {
+                woken.notified().await;
+                true
+            }
+            Some(pause) => timeout(pause, woken.notified()).await.is_ok(),
+        };
+        let Some(pod) = pod.upgrade() else {
+            return;
+        };
+        let adapted = tokio::task::spawn_blocking(move || pod.adapt(by_event)).await;
+        // One that panicked has said so; the next event tries again.
+        pause = adapted.ok().flatten();
     }
 }
 

@@ -9,7 +9,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api;
+use kbp_kernel::Micros;
 use kbp_kernel::netns::Netns;
+use kbp_kernel::process::PidFd;
 use kbp_poller::Error;
 use kbp_poller::attach::AttachRequest;
 use kbp_poller::config::Config;
@@ -19,16 +21,21 @@ use kbp_poller::state::{Degraded, Part, SocketCounters};
 use kbp_poller::window::Window;
 use tokio::sync::mpsc;
 
+use super::adapt::{Adaptive, Pace, Verdict};
 use super::asked::{Asked, oci_runtime};
 use super::oci_runtime::OciRuntime;
 use super::report::{Bare, Report, Share, Sockets};
 use super::treat::{self, HOST_NETWORK, Means, Support};
 use super::{Context, Refusal};
-use crate::sockets::{Event, Notifier, Treatment};
+use crate::sockets::{Event, Notifier, Treatment, Watch};
 use crate::spec::{CpuLimits, Network, Spec};
+use crate::task::cgroup::Cgroup;
 
 /// Looking at what other pods have takes reading their state files.
 const FOLLOW_EVERY: Duration = Duration::from_secs(10);
+
+/// Processes of a container that are looked at; a server with more has them for connections, of which most are short.
+const PROCESSES: usize = 1024;
 
 const NO_INTERFACE: &str = "there is no interface in the pod's network namespace";
 
@@ -63,6 +70,7 @@ struct Inner {
     report: Option<Report>,
     /// When the windows were last compared with what other pods have.
     followed: Option<Instant>,
+    pace: Pace,
 }
 
 /// What the first container decided for all.
@@ -78,7 +86,13 @@ struct Founded {
 struct Container {
     sandbox: bool,
     limits: CpuLimits,
+    /// What fits its limits and its neighbours.
+    decided: Window,
+    /// What it has: that, or none while it hurts.
     window: Window,
+    adaptive: Adaptive,
+    /// Its first process; None before there is one.
+    process: Option<(u32, PidFd)>,
     /// None: it has no listener.
     treatment: Option<Treatment>,
     host_network: bool,
@@ -172,10 +186,16 @@ impl Pod {
         }
         let mut container = Container {
             sandbox,
+            decided: Window {
+                micros: None,
+                reason: HOST_NETWORK.to_owned(),
+            },
             window: Window {
                 micros: None,
                 reason: HOST_NETWORK.to_owned(),
             },
+            adaptive: Adaptive::default(),
+            process: None,
             limits,
             treatment: None,
             host_network,
@@ -189,7 +209,8 @@ impl Pod {
                 return Err(required_missing(Part::SocketBusyPoll, RESTORED));
             }
         } else if !host_network {
-            container.window = treat::window(&founded.asked, &container.limits, &self.context);
+            container.decided = treat::window(&founded.asked, &container.limits, &self.context);
+            container.window = container.decided.clone();
             edited = self.install(inner, &mut spec, &mut container, request);
             if !is_first && spec.network() == Network::New {
                 container.degraded.push(Degraded {
@@ -291,12 +312,8 @@ impl Pod {
             }
         }
         tracing::info!(
-            "container {id}: busy-poll window {} ({})",
-            container
-                .window
-                .micros
-                .map_or_else(|| "off".to_owned(), |m| format!("{m} µs")),
-            container.window.reason
+            "container {id}: busy-poll window {}",
+            described(&container.window)
         );
         let host_network = container.host_network;
         inner.containers.insert(id.to_owned(), container);
@@ -312,6 +329,9 @@ impl Pod {
     pub(super) fn attach(&self, id: &str, pid: u32, last: bool) -> Result<(), Refusal> {
         let mut inner = self.lock();
         let inner = &mut *inner;
+        if let Some(container) = inner.containers.get_mut(id) {
+            container.process = PidFd::open(pid).ok().map(|handle| (pid, handle));
+        }
         let Some(founded) = &inner.founded else {
             return Ok(());
         };
@@ -372,7 +392,7 @@ impl Pod {
         inner.tell_sockets();
     }
 
-    /// After a container's limits have changed: its sockets get the window that fits them from now on.
+    /// After a container's limits have changed: its sockets get the window that fits them, also those that are there.
     pub(super) fn update(&self, id: &str, change: &CpuLimits) {
         let mut inner = self.lock();
         let inner = &mut *inner;
@@ -384,22 +404,15 @@ impl Pod {
         if container.host_network {
             return;
         }
-        container.window = treat::window(&founded.asked, &container.limits, &self.context);
-        match (&mut container.treatment, &inner.notifier) {
-            (Some(treatment), Some(notifier)) => {
-                treatment.window = container.window.micros;
-                notifier.admit(id, *treatment);
-            }
-            // A filter is installed with the process or never.
-            _ if container.window.micros.is_some() => {
-                container.window.micros = None;
-                container
-                    .window
-                    .reason
-                    .push_str(", but the container was created without a listener");
-            }
-            _ => {}
+        let mut window = treat::window(&founded.asked, &container.limits, &self.context);
+        // A filter is installed with the process or never.
+        if container.treatment.is_none() && window.micros.is_some() {
+            window.micros = None;
+            window
+                .reason
+                .push_str(", but the container was created without a listener");
         }
+        container.decide(id, window, inner.notifier.as_ref());
         inner.tell_sockets();
     }
 
@@ -454,6 +467,17 @@ impl Pod {
         }
     }
 
+    /// Looks whether windows hurt, and takes them away or gives them back; after how long to look again, None: when something
+    /// happens. `by_event`: something has.
+    pub(super) fn adapt(&self, by_event: bool) -> Option<Duration> {
+        let mut inner = self.lock();
+        let now = Instant::now();
+        if by_event {
+            inner.pace.wake(now);
+        }
+        inner.adapt(now)
+    }
+
     /// Brings the counters of the state file up to date.
     pub(super) fn count(&self) {
         let mut inner = self.lock();
@@ -477,21 +501,52 @@ impl Inner {
         }
         self.followed = Some(Instant::now());
         for (id, container) in &mut self.containers {
-            let Some(treatment) = container.treatment.as_mut() else {
-                continue;
-            };
-            if container.limits.cpus.is_none() {
+            if container.treatment.is_none() || container.limits.cpus.is_none() {
                 continue;
             }
             let window = treat::window(&founded.asked, &container.limits, context);
-            if window == container.window {
+            container.decide(id, window, Some(notifier));
+        }
+    }
+
+    /// Looks whether windows hurt; after how long to look again, None: when something happens.
+    fn adapt(&mut self, now: Instant) -> Option<Duration> {
+        let (Some(founded), Some(notifier)) = (&self.founded, &self.notifier) else {
+            return None;
+        };
+        if founded.asked.policy.busy_poll != BusyPoll::Auto {
+            return None;
+        }
+        let (mut cpus, mut changed, mut any) = (0.0, false, false);
+        for (id, container) in &mut self.containers {
+            if container.treatment.is_none() || container.decided.micros.is_none() {
                 continue;
             }
-            tracing::info!("container {id}: busy-poll window now: {}", window.reason);
-            treatment.window = window.micros;
-            notifier.admit(id, *treatment);
-            container.window = window;
+            any = true;
+            let processes = container.processes();
+            let window = container.window.micros;
+            let Some(watch) = &mut container.adaptive.watch else {
+                container.adaptive.watch = Some(Watch::new(&processes));
+                continue;
+            };
+            let look = watch.look(&processes, window);
+            cpus += look.cpus;
+            let window = match container.adaptive.judge(&look, now) {
+                Verdict::Stay => continue,
+                Verdict::GiveBack => container.decided.clone(),
+                Verdict::TakeAway(reason) => Window {
+                    micros: None,
+                    reason: format!("auto: off for now, since {reason}"),
+                },
+            };
+            changed = true;
+            container.give(id, window, Some(notifier));
         }
+        if changed {
+            self.tell_sockets();
+        }
+        let adaptive = self.containers.values().map(|c| &c.adaptive);
+        any.then(|| self.pace.next(adaptive, cpus, now))
     }
 
     /// Has another container stand for the pod's network in place of `gone`, unless the pod is attached already.
@@ -561,6 +616,72 @@ impl Inner {
             config: founded.asked.config.clone(),
         })
     }
+}
+
+impl Container {
+    /// Another window fits it now.
+    fn decide(&mut self, id: &str, window: Window, notifier: Option<&Notifier>) {
+        if window == self.decided {
+            return;
+        }
+        self.decided = window.clone();
+        // What was learned about the old one says nothing of this one.
+        self.adaptive = Adaptive::default();
+        self.give(id, window, notifier);
+    }
+
+    /// Gives it a window: what it makes from now on, and what it has already.
+    fn give(&mut self, id: &str, window: Window, notifier: Option<&Notifier>) {
+        let from = self.window.micros;
+        self.window = window;
+        tracing::info!(
+            "container {id}: busy-poll window now {}",
+            described(&self.window)
+        );
+        let (Some(treatment), Some(notifier)) = (&mut self.treatment, notifier) else {
+            return;
+        };
+        treatment.window = self.window.micros;
+        notifier.admit(id, *treatment);
+        let treatment = *treatment;
+        if from == self.window.micros {
+            return;
+        }
+        let retuned = notifier.retune(&self.processes(), from, treatment);
+        tracing::info!(
+            "container {id}: {} sockets and {} epoll instances that were there have it too{}",
+            retuned.sockets,
+            retuned.epolls,
+            if retuned.cut_short {
+                "; there were more than there was time for"
+            } else {
+                ""
+            }
+        );
+    }
+
+    /// Its processes; the first one alone where it shares the shim's own cgroup.
+    fn processes(&self) -> Vec<u32> {
+        let Some((pid, handle)) = &self.process else {
+            return Vec::new();
+        };
+        let own = Cgroup::of_process(std::process::id());
+        let listed = Cgroup::of_process(*pid)
+            .ok()
+            .zip(own.ok())
+            .and_then(|(cgroup, own)| cgroup.processes(&own, PROCESSES));
+        // Asked after its cgroup was read: the number was its own until then.
+        match handle.signal(0) {
+            Ok(true) => listed.unwrap_or_else(|| vec![*pid]),
+            _ => Vec::new(),
+        }
+    }
+}
+
+fn described(window: &Window) -> String {
+    let micros = |micros: Micros| format!("{micros} µs");
+    let micros = window.micros.map_or_else(|| "off".to_owned(), micros);
+    format!("{micros} ({})", window.reason)
 }
 
 /// Puts a bundle back as it was.

@@ -5,9 +5,10 @@
 //! whatever happens here. The plain service knows nothing of this module, and this module nothing of ttrpc framing.
 //!
 //! What a pod asks for is read in [`asked`] at its first container and holds for all of them. [`life`] is what a pod has:
-//! the notifier of its sockets, the attachment of its veth, its containers. [`treat`] decides what a container is given
+//! the notifier of its sockets, the attachment of its veth, its containers. [`adapt`] takes a window away while it hurts. [`treat`] decides what a container is given
 //! and edits its bundle; [`report`] is what the state file says. Everything that may block runs on threads for that.
 
+mod adapt;
 mod asked;
 mod cleanup;
 mod decorator;

@@ -14,11 +14,15 @@ mod handshake;
 mod home;
 pub mod node_wide;
 mod pollers;
+mod retune;
 #[cfg(test)]
 mod tests;
 mod thread;
+mod waiting;
 
 pub use home::{directory, remove};
+pub use retune::Retuned;
+pub use waiting::{Look, Watch};
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -241,6 +245,12 @@ impl Notifier {
             .entry(container.to_owned())
             .or_insert_with(|| Arc::new(Container::new(container)));
         entry.treat(treatment);
+    }
+
+    /// Has what `processes` of a container have already, and has the window `from`, treated as what they make from now on. Takes as
+    /// long as that takes, and does not get in the way of calls.
+    pub fn retune(&self, processes: &[u32], from: Option<Micros>, to: Treatment) -> Retuned {
+        retune::retune(processes, from, to, &self.shared.crowd)
     }
 
     /// Accepts no further listener of a container; those that are there are answered on.

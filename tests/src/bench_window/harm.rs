@@ -12,6 +12,8 @@ use crate::record::{Record, Records, Situation, median};
 
 /// The arms that are compared.
 pub(crate) const ARMS: [&str; 2] = [crate::STOCK, "auto"];
+/// Seconds before a measurement: some more than it takes until windows that hurt are taken away.
+pub(crate) const WARM: f64 = 2.0;
 /// Pause of requests that never stop coming, in µs.
 const STEADY: u32 = 200;
 /// Pause of requests after which everybody sleeps, in µs.

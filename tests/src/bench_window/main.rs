@@ -39,6 +39,10 @@ struct Options {
     /// Seconds of a measurement.
     #[arg(long, default_value_t = 1.0)]
     seconds: f64,
+    /// Seconds before each measurement in which the same is done and does not count. With --harm two, so that windows have been taken
+    /// away from those who harm others by then.
+    #[arg(long, default_value_t = 0.0)]
+    warm: f64,
     /// Pauses between an answer and the next request, in µs.
     #[arg(
         long,
@@ -76,7 +80,10 @@ struct Options {
 }
 
 fn main() -> ExitCode {
-    let options = Options::parse();
+    let mut options = Options::parse();
+    if options.harm && options.warm == 0.0 {
+        options.warm = harm::WARM;
+    }
     in_sandbox("kbp-bench-window", |sandbox, _| run(&options, sandbox))
 }
 
@@ -182,14 +189,15 @@ impl<'s> Bench<'_, 's> {
         };
         for gap in &wanting {
             let record = match &measured {
-                None => pair.measure(key(*gap), *gap, self.options.seconds)?,
+                None => pair.measure(key(*gap), *gap, self.seconds())?,
                 Some(stock) => {
-                    let seconds = self.options.seconds + 1.0;
+                    let [seconds, warm] = self.seconds();
+                    let longer = [seconds + 1.0, warm];
                     let mut noise = pair
                         .client
-                        .exec_start(&format!("noise-{gap}"), &pair.load(*gap, seconds))?;
-                    let record = stock.measure(key(*gap), 200, self.options.seconds)?;
-                    let limit = Duration::from_secs_f64(seconds + 20.0);
+                        .exec_start(&format!("noise-{gap}"), &pair.load(*gap, longer))?;
+                    let record = stock.measure(key(*gap), 200, self.seconds())?;
+                    let limit = Duration::from_secs_f64(seconds + warm + 20.0);
                     noise.wait(limit).context("end of the noise")?.success()?;
                     record
                 }
@@ -208,6 +216,11 @@ impl<'s> Bench<'_, 's> {
             begin.elapsed().as_secs_f64()
         );
         Ok(())
+    }
+
+    /// Those that count, and those before.
+    fn seconds(&self) -> [f64; 2] {
+        [self.options.seconds, self.options.warm]
     }
 
     fn pair(
@@ -258,15 +271,15 @@ impl<'s> Bench<'_, 's> {
 }
 
 impl Pair<'_, '_> {
-    fn load(&self, gap: u32, seconds: f64) -> Vec<String> {
+    fn load(&self, gap: u32, [seconds, warm]: [f64; 2]) -> Vec<String> {
         let text = format!(
-            "/kbp/udp-rr {}:{PORT} {seconds} 64 {gap}",
+            "/kbp/udp-rr {}:{PORT} {seconds} 64 {gap} {warm}",
             self.server.address()
         );
         text.split_whitespace().map(str::to_owned).collect()
     }
 
-    fn measure(&self, key: Key, gap: u32, seconds: f64) -> Result<Record> {
+    fn measure(&self, key: Key, gap: u32, seconds: [f64; 2]) -> Result<Record> {
         let server = self.server.pid()?;
         let throttled = record::throttled(server);
         let busy = cpu::busy_seconds()?;

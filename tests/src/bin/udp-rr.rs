@@ -1,6 +1,7 @@
 //! A plain UDP request/response client: one blocking socket, one request under way, every round trip in an HDR histogram.
 //!
-//! `udp-rr ADDRESS SECONDS [BYTES [PAUSE]]` sleeps PAUSE µs after each answer, and prints one JSON object: counts, and the latency in µs at a list of quantiles.
+//! `udp-rr ADDRESS SECONDS [BYTES [PAUSE [WARM]]]` sleeps PAUSE µs after each answer, and prints one JSON object: counts, and the latency
+//! in µs at a list of quantiles. What it does in its first WARM seconds, which come before the others, does not count.
 
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
@@ -13,12 +14,12 @@ const LOST_AFTER: Duration = Duration::from_millis(500);
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let (address, seconds, bytes, pause) = match arguments.as_slice() {
-        [address, seconds] => (address, seconds, "64", "0"),
-        [address, seconds, bytes] => (address, seconds, bytes.as_str(), "0"),
-        [address, seconds, bytes, pause] => (address, seconds, bytes.as_str(), pause.as_str()),
-        _ => bail!("usage: udp-rr ADDRESS SECONDS [BYTES [PAUSE]]"),
+    let [address, seconds, rest @ ..] = arguments.as_slice() else {
+        bail!("usage: udp-rr ADDRESS SECONDS [BYTES [PAUSE [WARM]]]");
     };
+    let given = |at: usize, default: &'static str| rest.get(at).map_or(default, String::as_str);
+    let (bytes, pause, warm) = (given(0, "64"), given(1, "0"), given(2, "0"));
+    let warm: f64 = warm.parse().with_context(|| format!("warm: {warm}"))?;
     let pause = Duration::from_micros(pause.parse().with_context(|| format!("pause: {pause}"))?);
     let seconds: f64 = seconds
         .parse()
@@ -39,7 +40,7 @@ fn main() -> Result<()> {
     let mut request = vec![0u8; bytes];
     let mut answer = vec![0u8; bytes];
     let mut lost = 0u64;
-    let begin = Instant::now();
+    let begin = Instant::now() + Duration::from_secs_f64(warm);
     let end = begin + Duration::from_secs_f64(seconds);
     let mut sequence = 0u64;
     while Instant::now() < end {
@@ -49,6 +50,7 @@ fn main() -> Result<()> {
             .send(&request)
             .with_context(|| format!("send to {address}"))?;
         match receive(&socket, &mut answer, sequence)? {
+            _ if sent < begin => {}
             true => latency.record(u64::try_from(sent.elapsed().as_nanos())?)?,
             false => lost += 1,
         }

@@ -69,6 +69,46 @@ impl Cgroup {
         (!directories.is_empty()).then_some(Self::V1(directories))
     }
 
+    /// Its processes and those of cgroups below it, at most `limit`; None where it is not a container's alone: the root, or one
+    /// that `other` is in as well.
+    pub fn processes(&self, other: &Self, limit: usize) -> Option<Vec<u32>> {
+        let own = self.directory()?;
+        let shared = other.directory().is_none_or(|other| other.starts_with(own));
+        let is_root = !own.parent()?.join("cgroup.procs").exists();
+        if shared || is_root {
+            return None;
+        }
+        let mut processes = Vec::new();
+        let mut directories = vec![own.to_owned()];
+        while let Some(directory) = directories.pop() {
+            // One that goes meanwhile has no processes any more.
+            let listed = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+            processes.extend(listed.lines().filter_map(|line| line.parse::<u32>().ok()));
+            if processes.len() >= limit {
+                break;
+            }
+            let below = fs::read_dir(&directory).into_iter().flatten().flatten();
+            directories.extend(
+                below
+                    .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+                    .map(|entry| entry.path()),
+            );
+        }
+        processes.truncate(limit);
+        Some(processes)
+    }
+
+    /// Where its processes are listed.
+    fn directory(&self) -> Option<&Path> {
+        match self {
+            Self::V1(directories) => ["cpu", "pids", "memory", "freezer"]
+                .iter()
+                .find_map(|name| directories.get(*name))
+                .map(PathBuf::as_path),
+            Self::V2(directory) => Some(directory),
+        }
+    }
+
     /// Statistics: `io.containerd.cgroups.v1.Metrics` or `…v2.Metrics`.
     pub fn stats(&self) -> Result<Any> {
         let packed = match self {
@@ -114,6 +154,23 @@ mod tests {
         assert_eq!(found, Some(Cgroup::V2("/c/system.slice/x.scope".into())));
         assert_eq!(Cgroup::parse("", Path::new("/c"), true), None);
         assert_eq!(Cgroup::parse(table, Path::new("/c"), false), None);
+    }
+
+    #[test]
+    fn processes_are_those_of_the_tree_unless_it_is_the_other_s_too() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let below = dir.path().join("a/below");
+        fs::create_dir_all(&below).expect("mkdir");
+        fs::write(dir.path().join("a/cgroup.procs"), "1\n2\n").expect("write");
+        fs::write(below.join("cgroup.procs"), "3\n").expect("write");
+        fs::write(dir.path().join("cgroup.procs"), "9\n").expect("write");
+        let cgroup = |name: &str| Cgroup::V2(dir.path().join(name));
+        let (a, other) = (cgroup("a"), cgroup("other"));
+        assert_eq!(a.processes(&other, 10), Some(vec![1, 2, 3]));
+        assert_eq!(a.processes(&other, 1), Some(vec![1]));
+        assert_eq!(a.processes(&cgroup("a/below"), 10), None);
+        assert_eq!(Cgroup::V2(dir.path().into()).processes(&other, 10), None);
+        assert_eq!(other.processes(&a, 10), Some(Vec::new()));
     }
 
     #[test]

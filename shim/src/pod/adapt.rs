@@ -1,0 +1,253 @@
+//! Whether a container keeps the window that was decided for it: not while it hurts.
+//!
+//! It is taken away when two looks in a row show harm ([`Look::harm`]), and given back after a pause that doubles each time, or when
+//! the container does something else by then. What a trial costs those who are harmed is a fifth of a second.
+
+use std::time::{Duration, Instant};
+
+use crate::sockets::{Look, Watch};
+
+/// Looks in a row that have to show harm.
+const STRIKES: u32 = 2;
+/// Pause before the first trial.
+const FIRST_PAUSE: Duration = Duration::from_secs(10);
+/// Longest pause between two trials.
+const LONGEST_PAUSE: Duration = Duration::from_secs(300);
+/// How long a window has to do no harm until what was before is forgotten.
+const PROVEN: Duration = Duration::from_secs(60);
+/// How long a window stays away at least.
+const SETTLED: Duration = Duration::from_secs(1);
+/// Factor of the turns a second by which a container does something else.
+const CHANGED: f64 = 4.0;
+/// CPUs from which a container does anything.
+const BUSY: f64 = 0.01;
+/// Between looks while something may have changed.
+const NEAR: Duration = Duration::from_millis(100);
+/// Between looks at a busy container otherwise.
+const FAR: Duration = Duration::from_millis(500);
+/// Most between looks at one that does nothing.
+const RARE: Duration = Duration::from_secs(8);
+
+/// What is to become of the window.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// Nothing new.
+    Stay,
+    /// It is taken away, for this reason.
+    TakeAway(String),
+    /// It is given back.
+    GiveBack,
+}
+
+/// A container's window over time.
+#[derive(Debug)]
+pub(super) struct Adaptive {
+    /// None before the first look.
+    pub(super) watch: Option<Watch>,
+    strikes: u32,
+    /// None while the window is there.
+    away: Option<Away>,
+    /// When it was taken away or given back last.
+    since: Option<Instant>,
+    pause: Duration,
+}
+
+#[derive(Debug)]
+struct Away {
+    until: Instant,
+    /// Turns a second that the container takes without the window.
+    turns: Option<f64>,
+}
+
+impl Default for Adaptive {
+    fn default() -> Self {
+        Self {
+            watch: None,
+            strikes: 0,
+            away: None,
+            since: None,
+            pause: FIRST_PAUSE,
+        }
+    }
+}
+
+impl Adaptive {
+    /// Judges by what was seen.
+    pub(super) fn judge(&mut self, look: &Look, now: Instant) -> Verdict {
+        match &mut self.away {
+            None => {
+                let proven = |since: Instant| now.saturating_duration_since(since) >= PROVEN;
+                if self.since.is_some_and(proven) {
+                    self.pause = FIRST_PAUSE;
+                }
+                let Some(harm) = &look.harm else {
+                    self.strikes = 0;
+                    return Verdict::Stay;
+                };
+                self.strikes += 1;
+                if self.strikes < STRIKES {
+                    return Verdict::Stay;
+                }
+                let reason = format!("{harm}; tried again in {} s", self.pause.as_secs());
+                self.away = Some(Away {
+                    until: now + self.pause,
+                    turns: None,
+                });
+                self.pause = (2 * self.pause).min(LONGEST_PAUSE);
+                self.turn(now);
+                Verdict::TakeAway(reason)
+            }
+            Some(away) => {
+                let settled = self
+                    .since
+                    .is_some_and(|since| now.saturating_duration_since(since) >= SETTLED);
+                let other = match away.turns {
+                    Some(turns) if settled && look.cpus >= BUSY => {
+                        look.turns >= CHANGED * turns || CHANGED * look.turns <= turns
+                    }
+                    _ => false,
+                };
+                if look.cpus >= BUSY {
+                    away.turns.get_or_insert(look.turns);
+                }
+                if now < away.until && !other {
+                    return Verdict::Stay;
+                }
+                self.away = None;
+                self.turn(now);
+                Verdict::GiveBack
+            }
+        }
+    }
+
+    fn turn(&mut self, now: Instant) {
+        self.strikes = 0;
+        self.since = Some(now);
+    }
+
+    /// Whether it should be looked at again soon.
+    fn is_unsettled(&self, now: Instant) -> bool {
+        let lately = |since: Instant| now.saturating_duration_since(since) < 2 * SETTLED;
+        self.strikes > 0 || self.since.is_some_and(lately)
+    }
+}
+
+/// How long until the next look at a pod.
+#[derive(Debug, Default)]
+pub(super) struct Pace {
+    woken: Option<Instant>,
+    idle: Option<Duration>,
+}
+
+impl Pace {
+    /// Something has happened: sockets were made.
+    pub(super) fn wake(&mut self, now: Instant) {
+        self.woken = Some(now);
+        self.idle = None;
+    }
+
+    /// After a look at containers that were on so many CPUs.
+    pub(super) fn next<'a>(
+        &mut self,
+        containers: impl Iterator<Item = &'a Adaptive>,
+        cpus: f64,
+        now: Instant,
+    ) -> Duration {
+        let lately = |woken: Instant| now.saturating_duration_since(woken) < 2 * SETTLED;
+        let mut containers = containers;
+        if self.woken.is_some_and(lately) || containers.any(|c| c.is_unsettled(now)) {
+            return NEAR;
+        }
+        if cpus >= BUSY {
+            self.idle = None;
+            return FAR;
+        }
+        let pause = self.idle.map_or(FAR, |idle| (2 * idle).min(RARE));
+        self.idle = Some(pause);
+        pause
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn look(turns: f64, harm: bool) -> Look {
+        Look {
+            cpus: 0.5,
+            turns,
+            harm: harm.then(|| "harm".to_owned()),
+        }
+    }
+
+    fn taken_away(adaptive: &mut Adaptive, now: Instant) -> bool {
+        adaptive.judge(&look(1.0, true), now);
+        let verdict = adaptive.judge(&look(1.0, true), now);
+        matches!(verdict, Verdict::TakeAway(reason) if reason.contains("harm"))
+    }
+
+    #[test]
+    fn one_look_is_not_enough_and_the_pauses_grow() {
+        let mut adaptive = Adaptive::default();
+        let start = Instant::now();
+        assert_eq!(adaptive.judge(&look(1.0, true), start), Verdict::Stay);
+        assert_eq!(adaptive.judge(&look(1.0, false), start), Verdict::Stay);
+        let mut now = start;
+        for pause in [10, 20, 40, 80, 160, 300, 300] {
+            assert!(taken_away(&mut adaptive, now), "{pause}");
+            let before = now + Duration::from_secs(pause - 1);
+            assert_eq!(adaptive.judge(&look(1.0, false), before), Verdict::Stay);
+            now += Duration::from_secs(pause);
+            assert_eq!(adaptive.judge(&look(1.0, false), now), Verdict::GiveBack);
+        }
+        now += PROVEN;
+        assert_eq!(adaptive.judge(&look(1.0, false), now), Verdict::Stay);
+        assert!(taken_away(&mut adaptive, now));
+        now += FIRST_PAUSE;
+        assert_eq!(adaptive.judge(&look(1.0, false), now), Verdict::GiveBack);
+    }
+
+    #[test]
+    fn it_is_given_back_when_the_container_does_something_else() {
+        for turns in [400.0, 25.0] {
+            let mut adaptive = Adaptive::default();
+            let start = Instant::now();
+            assert!(taken_away(&mut adaptive, start));
+            let at = |ms| start + Duration::from_millis(ms);
+            assert_eq!(adaptive.judge(&look(100.0, false), at(100)), Verdict::Stay);
+            assert_eq!(adaptive.judge(&look(turns, false), at(500)), Verdict::Stay);
+            let idle = Look {
+                cpus: 0.0,
+                turns: 0.0,
+                harm: None,
+            };
+            assert_eq!(adaptive.judge(&idle, at(1500)), Verdict::Stay);
+            assert_eq!(adaptive.judge(&look(150.0, false), at(1600)), Verdict::Stay);
+            assert_eq!(
+                adaptive.judge(&look(turns, false), at(1700)),
+                Verdict::GiveBack
+            );
+        }
+    }
+
+    #[test]
+    fn one_that_does_nothing_is_looked_at_rarely() {
+        let mut pace = Pace::default();
+        let now = Instant::now();
+        pace.wake(now);
+        let none = || std::iter::empty::<&Adaptive>();
+        assert_eq!(pace.next(none(), 0.0, now), NEAR);
+        let later = now + Duration::from_secs(10);
+        assert_eq!(pace.next(none(), 1.0, later), FAR);
+        let pauses: Vec<u64> = (0..6)
+            .map(|_| pace.next(none(), 0.0, later).as_millis() as u64)
+            .collect();
+        assert_eq!(pauses, [500, 1000, 2000, 4000, 8000, 8000]);
+        pace.wake(later);
+        assert_eq!(pace.next(none(), 0.0, later), NEAR);
+        let mut adaptive = Adaptive::default();
+        adaptive.judge(&look(1.0, true), later);
+        let after = later + Duration::from_secs(10);
+        assert_eq!(pace.next([&adaptive].into_iter(), 1.0, after), NEAR);
+    }
+}
