@@ -529,7 +529,8 @@ impl Inner {
                 container.adaptive.watch = Some(Watch::new(&processes));
                 continue;
             };
-            let look = watch.look(&processes, window);
+            let count = container.limits.cpuset().map_or(usize::MAX, |c| c.len());
+            let look = watch.look(&processes, window, count);
             cpus += look.cpus;
             let window = match container.adaptive.judge(&look, now) {
                 Verdict::Stay => continue,

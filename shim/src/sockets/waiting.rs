@@ -28,6 +28,8 @@ const WAITED: f64 = 0.3;
 /// Waiting for each second of running from which a window costs more than it may save: a pair that only sometimes shares a CPU waits
 /// less.
 const COST: f64 = 0.25;
+/// Share of the time for which a thread wants a CPU from which it is moved to where there is more room.
+const STAYS: f64 = 0.5;
 /// Longest wait of a wake-up in windows that is still one for a window.
 const WINDOWS: u32 = 4;
 
@@ -56,12 +58,14 @@ impl Watch {
             threads: BTreeMap::new(),
             at: Instant::now(),
         };
-        watch.look(processes, None);
+        watch.look(processes, None, 1);
         watch
     }
 
     /// Looks again, at threads whose sockets have this window.
-    pub fn look(&mut self, processes: &[u32], window: Option<Micros>) -> Look {
+    ///
+    /// `cpus`: how many they may use.
+    pub fn look(&mut self, processes: &[u32], window: Option<Micros>, cpus: usize) -> Look {
         let seconds = self.at.elapsed().as_secs_f64();
         self.at = Instant::now();
         let mut threads = BTreeMap::new();
@@ -92,7 +96,7 @@ impl Watch {
         Look {
             cpus: steps.iter().map(|s| s.ran).sum(),
             turns: steps.iter().map(|s| s.turns).sum(),
-            harm: window.and_then(|window| harm(&steps, window)),
+            harm: window.and_then(|window| harm(&steps, window, cpus)),
         }
     }
 }
@@ -137,19 +141,21 @@ impl Step {
     }
 
     /// Whether it waits for windows: those on CPUs of their own only where it does little else.
-    fn waits_for_windows(&self, window: Micros) -> bool {
+    fn waits_for_windows(&self, window: Micros, cpus: usize) -> bool {
         let window_seconds = f64::from(window.0) * 1e-6;
         let wait = self.waited / self.turns.max(1.0);
         let fits = wait >= window_seconds / 2.0 && wait <= window_seconds * f64::from(WINDOWS);
         let costs = self.waited >= COST * self.ran;
-        self.slept >= SLEEPS && fits && costs && (window <= SHORT || self.waited >= WAITED)
+        // The kernel moves a thread that always wants a CPU to another one in time, and leaves one that sleeps.
+        let stays = cpus == 1 || self.ran + self.waited < STAYS;
+        self.slept >= SLEEPS && fits && costs && stays && (window <= SHORT || self.waited >= WAITED)
     }
 }
 
-fn harm(steps: &[Step], window: Micros) -> Option<String> {
+fn harm(steps: &[Step], window: Micros, cpus: usize) -> Option<String> {
     let all: f64 = steps.iter().map(|s| s.ran).sum();
     for step in steps.iter().filter(|s| s.ran >= BUSY) {
-        if step.waits_for_windows(window) {
+        if step.waits_for_windows(window, cpus) {
             return Some(format!(
                 "a thread waits {:.0} % of its time for a CPU on which others poll",
                 100.0 * step.waited
@@ -194,18 +200,26 @@ mod tests {
             (step(0.5, 0.45, 4_000.0, 0.0), LONG),
         ] {
             assert!(
-                harm(&[step], window).is_some_and(|h| h.contains("waits")),
+                harm(&[step], window, 1).is_some_and(|h| h.contains("waits")),
                 "{step:?}"
             );
         }
     }
 
     #[test]
+    fn on_several_cpus_only_those_that_stay_together_are_told() {
+        let pair = step(0.5, 0.5, 18_000.0, 0.0);
+        assert_eq!(harm(&[pair], SHORT, 2), None, "it is moved apart");
+        let paced = step(0.03, 0.022, 1_000.0, 0.0);
+        assert!(harm(&[paced], SHORT, 2).is_some());
+    }
+
+    #[test]
     fn one_that_others_keep_forcing_off_is_told_unless_they_are_its_own() {
         let poller = step(0.9, 0.08, 0.0, 4_000.0);
-        assert!(harm(&[poller], LONG).is_some_and(|h| h.contains("4000 times")));
+        assert!(harm(&[poller], LONG, 1).is_some_and(|h| h.contains("4000 times")));
         let sibling = step(0.07, 0.0, 4_000.0, 0.0);
-        assert_eq!(harm(&[poller, sibling], LONG), None);
+        assert_eq!(harm(&[poller, sibling], LONG, 1), None);
     }
 
     #[test]
@@ -226,13 +240,13 @@ mod tests {
             ),
             ("idle", step(0.0, 0.0, 1.0, 0.0)),
         ] {
-            assert_eq!(harm(&[step], LONG), None, "{what}");
+            assert_eq!(harm(&[step], LONG, 1), None, "{what}");
         }
         for step in [
             step(0.5, 0.5, 100.0, 250.0),
             step(0.97, 0.025, 1_000.0, 20.0),
         ] {
-            assert_eq!(harm(&[step], SHORT), None, "{step:?}");
+            assert_eq!(harm(&[step], SHORT, 1), None, "{step:?}");
         }
     }
 
@@ -248,7 +262,7 @@ mod tests {
         let mut watch = Watch::new(&own);
         let until = Instant::now() + Duration::from_secs(20);
         loop {
-            let look = watch.look(&own, Some(SHORT));
+            let look = watch.look(&own, Some(SHORT), 1);
             if look.cpus > 0.0 {
                 break;
             }
@@ -257,7 +271,7 @@ mod tests {
         }
         drop(tell);
         busy.join().expect("thread");
-        let look = Watch::new(&[]).look(&[], Some(SHORT));
+        let look = Watch::new(&[]).look(&[], Some(SHORT), 1);
         assert_eq!((look.cpus, look.turns, look.harm), (0.0, 0.0, None));
     }
 }
