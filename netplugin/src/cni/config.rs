@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::env::{IDENTIFIER, Verb, is_identifier};
 use super::error::{CniError, Code, Result};
-use super::json::{is_empty, number, object, string};
+use super::json::{is_empty, number, object, string, texts};
 use super::version::Version;
 use crate::attachment::MAX_NETWORK;
 
@@ -199,6 +199,9 @@ impl Config {
                 ("searches", "search"),
                 ("options", "options"),
             ];
+            for (name, _) in names {
+                texts(dns, name, &format!("runtimeConfig.dns.{name}"))?;
+            }
             let dns: Map<_, _> = names
                 .into_iter()
                 .filter_map(|(from, to)| Some((to.to_owned(), dns.get(from)?.clone())))
@@ -211,6 +214,13 @@ impl Config {
         let mut dns = object(&self.json, "dns", "dns")?
             .cloned()
             .unwrap_or_default();
+        string(&dns, "domain", "a string").map_err(|error| CniError {
+            msg: format!("dns.{}", error.msg),
+            ..error
+        })?;
+        for name in ["nameservers", "search", "options"] {
+            texts(&dns, name, &format!("dns.{name}"))?;
+        }
         dns.retain(|_, value| !is_empty(value));
         Ok((!dns.is_empty()).then_some(dns))
     }
@@ -338,6 +348,26 @@ mod tests {
             config(one).dns().expect("valid").map(Value::Object),
             Some(expected)
         );
+    }
+
+    #[test]
+    fn dns_that_no_runtime_could_read_is_refused() {
+        for (more, path) in [
+            (
+                json!({ "dns": { "nameservers": "10.0.0.1" } }),
+                "dns.nameservers: ",
+            ),
+            (json!({ "dns": { "search": [1] } }), "dns.search: "),
+            (json!({ "dns": { "domain": [] } }), "dns.domain: "),
+            (
+                json!({ "runtimeConfig": { "dns": { "servers": {} } } }),
+                "runtimeConfig.dns.servers: ",
+            ),
+        ] {
+            let error = config(more).dns().expect_err(path);
+            assert_eq!(error.code, Code::CONFIG, "{error}");
+            assert!(error.msg.starts_with(path), "{error}");
+        }
     }
 
     #[test]

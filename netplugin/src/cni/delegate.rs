@@ -92,14 +92,13 @@ impl<'a> Prepared<'a> {
         match self {
             Self::Local(local) => Leasing::Done(local.add()),
             Self::Plugin(plugin, started) => {
-                let begun = started.and_then(|mut running| {
-                    let given = running.give(&plugin.config.raw);
-                    given.map_err(|error| plugin.broke(Verb::Add, &error))?;
-                    Ok(running)
-                });
-                match begun {
-                    Ok(running) => Leasing::Running(plugin, running),
-                    Err(error) => Leasing::Done(Err(error)),
+                let mut running = match started {
+                    Ok(running) => running,
+                    Err(error) => return Leasing::NotStarted(error),
+                };
+                match running.give(&plugin.config.raw) {
+                    Ok(()) => Leasing::Running(plugin, running),
+                    Err(error) => Leasing::Done(Err(plugin.broke(Verb::Add, &error))),
                 }
             }
         }
@@ -111,6 +110,8 @@ impl<'a> Prepared<'a> {
 pub(crate) enum Leasing<'a> {
     /// It is over.
     Done(Result<Lease>),
+    /// It never began: there is a plugin, but the kernel cannot run it.
+    NotStarted(CniError),
     /// A plugin works on it.
     Running(&'a Plugin<'a>, Running),
 }
@@ -145,6 +146,7 @@ impl<'a> Leasing<'a> {
     /// The addresses, as soon as they are there.
     pub(crate) fn finish(self) -> Result<Leased<'a>> {
         match self {
+            Self::NotStarted(error) => Err(error),
             Self::Done(lease) => Ok(Leased {
                 lease: lease?,
                 promise: Promise::default(),
@@ -319,7 +321,13 @@ impl<'a> Plugin<'a> {
         command
             .env("CNI_COMMAND", verb.as_str())
             .envs(environment.iter().copied());
-        Running::start(&mut command, self.timeout).map_err(|error| self.broke(verb, &error))
+        Running::start(&mut command, self.timeout).map_err(|error| {
+            let mut error = self.broke(verb, &error);
+            error.msg.push_str(
+                "; is it a program for this machine, and is there the interpreter that it names?",
+            );
+            error
+        })
     }
 
     fn finish(&self, running: Running, verb: Verb, input: &[u8]) -> Result<Map<String, Value>> {

@@ -173,12 +173,12 @@ fn check_container_id(id: &str) -> Result<()> {
     Ok(())
 }
 
-/// Whether a link can have this name: the kernel's own rules (dev_valid_name in net/core/dev.c).
+/// Whether a link can have this name: the kernel's own rules (dev_valid_name in net/core/dev.c), the names that it has
+/// for all links at once in /proc/sys, and no pattern, which it would make another name of.
 pub(crate) fn is_ifname(name: &str) -> bool {
     (1..=15).contains(&name.len())
-        && name != "."
-        && name != ".."
-        && !name.contains(|c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control())
+        && ![".", "..", "all", "default"].contains(&name)
+        && !name.contains(|c: char| "/:%".contains(c) || c.is_whitespace() || c.is_control())
 }
 
 fn check_ifname(name: &str) -> Result<()> {
@@ -186,7 +186,7 @@ fn check_ifname(name: &str) -> Result<()> {
         return Ok(());
     }
     Err(environment(format!(
-        "CNI_IFNAME {name:?} is not valid; allowed: 1 to 15 bytes without '/', ':' and white space, not '.' or '..'"
+        "CNI_IFNAME {name:?} is not valid; allowed: 1 to 15 bytes without '/', ':', '%' and white space, not '.', '..', 'all' or 'default'"
     )))
 }
 
@@ -266,6 +266,9 @@ mod tests {
             ("CNI_IFNAME", "a b"),
             ("CNI_IFNAME", "."),
             ("CNI_IFNAME", ".."),
+            ("CNI_IFNAME", "eth%d"),
+            ("CNI_IFNAME", "all"),
+            ("CNI_IFNAME", "default"),
             ("CNI_ARGS", "MAC"),
             ("CNI_ARGS", "A=1;=2"),
         ] {

@@ -41,7 +41,7 @@ pub(crate) struct Running {
 /// Why talking to a program came to an end.
 #[derive(Debug, PartialEq, Eq)]
 enum Talked {
-    /// It has closed its outputs.
+    /// It has closed its outputs, or ended.
     ToTheEnd,
     /// What it wrote is what was waited for.
     Enough,
@@ -104,15 +104,10 @@ impl Running {
         Ok(answer)
     }
 
-    /// Waits for its end or the time limit. `input` is all that it is to be given.
+    /// Waits for its end or the time limit. `input` is all that it is to be given. What it has started and left behind
+    /// may hold its outputs for longer: that says nothing more for it.
     pub(crate) fn finish(mut self, input: &[u8]) -> io::Result<Outcome> {
-        let outcome = self
-            .give(input)
-            .and_then(|()| self.await_end())
-            .and_then(|()| match self.talk(input, |_| false)? {
-                Talked::TooLong => Ok(None),
-                _ => wait(&mut self.child, self.deadline),
-            });
+        let outcome = self.give(input).and_then(|()| self.await_end(input));
         if !matches!(outcome, Ok(Some(_))) {
             self.kill()?;
         }
@@ -123,9 +118,22 @@ impl Running {
         })
     }
 
+    fn await_end(&mut self, input: &[u8]) -> io::Result<Option<ExitStatus>> {
+        self.await_end_alone()?;
+        // Who came to its end in time has done so, however late we look.
+        if self.child.try_wait()?.is_none() && self.talk(input, |_| false)? == Talked::TooLong {
+            return Ok(None);
+        }
+        let status = wait(&mut self.child, self.deadline)?;
+        // What it said last, which is all in the pipes by now.
+        read_some(&mut self.child.stdout, &mut self.stdout)?;
+        read_some(&mut self.child.stderr, &mut self.stderr)?;
+        Ok(status)
+    }
+
     /// Waits a little for its end alone. Who has its input and says no more than its pipes hold ends without our reading them,
     /// and then there is one thing to wake up for instead of three: the ends of two pipes and its own.
-    fn await_end(&self) -> io::Result<()> {
+    fn await_end_alone(&self) -> io::Result<()> {
         const A_LITTLE: Duration = Duration::from_millis(20);
         if self.child.stdin.is_some() {
             return Ok(());
@@ -137,14 +145,17 @@ impl Running {
         }
     }
 
-    /// Writes the input and reads both outputs, to their ends or until stdout is `enough`.
+    /// Writes the input and reads both outputs, to their ends, to the program's own end, or until stdout is `enough`.
     fn talk(&mut self, input: &[u8], mut enough: impl FnMut(&[u8]) -> bool) -> io::Result<Talked> {
+        let process = PidFd::open(self.child.id());
         let Child {
             stdin,
             stdout: out,
             stderr: err,
             ..
         } = &mut self.child;
+        // None where a filter forbids to ask for it.
+        let process = process.ok();
         loop {
             if out.is_none() && err.is_none() {
                 return Ok(Talked::ToTheEnd);
@@ -161,6 +172,9 @@ impl Running {
                     .map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)),
                 err.as_ref()
                     .map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)),
+                process
+                    .as_ref()
+                    .map(|process| PollFd::new(process.as_fd(), PollFlags::POLLIN)),
             ]
             .into_iter()
             .flatten()
@@ -169,6 +183,7 @@ impl Running {
                 Ok(_) | Err(nix::errno::Errno::EINTR) => {}
                 Err(errno) => return Err(errno.into()),
             }
+            let ended = process.is_some() && fds.last().and_then(PollFd::any).unwrap_or_default();
             drop(fds);
             give(stdin, input, &mut self.given)?;
             let before = self.stdout.len();
@@ -176,6 +191,10 @@ impl Running {
             read_some(err, &mut self.stderr)?;
             if self.stdout.len() > before && enough(&self.stdout) {
                 return Ok(Talked::Enough);
+            }
+            // Then all that it has written was there to be read.
+            if ended {
+                return Ok(Talked::ToTheEnd);
             }
         }
     }
@@ -344,6 +363,49 @@ mod tests {
         running.give(b"it\n").expect("takes it");
         let outcome = running.finish(b"it\n").expect("ends");
         assert_eq!(outcome.stdout, b"got it\n");
+    }
+
+    #[test]
+    fn its_end_is_the_end_whoever_else_holds_its_outputs() {
+        // With what it has started still there after a moment, and after more than that.
+        for pause in ["0", "0.1"] {
+            let script = format!("sleep 300 & echo $!; sleep {pause}; echo said >&2; exit 3");
+            let outcome = shell(&script, b"", LONG).expect("runs");
+            let pid = String::from_utf8_lossy(&outcome.stdout);
+            let pid: i32 = pid.trim().parse().expect("a process id");
+            nix::sys::signal::kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it is there");
+            let status = outcome.status.expect("no time limit");
+            assert_eq!(status.code(), Some(3), "{pause}");
+            assert_eq!(outcome.stderr, b"said\n", "{pause}");
+        }
+    }
+
+    #[test]
+    fn an_end_in_time_counts_however_late_it_is_looked_at() {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", "echo in time"]);
+        let mut running = Running::start(&mut command, LONG).expect("starts");
+        let process = PidFd::open(running.child.id()).expect("a process");
+        await_exit(&process, LONG).expect("ends");
+        running.deadline = Instant::now();
+        let outcome = running.finish(b"").expect("ended");
+        assert!(outcome.status.expect("in time").success());
+        assert_eq!(outcome.stdout, b"in time\n");
+    }
+
+    #[test]
+    fn an_answer_with_more_on_stderr_than_a_pipe_holds_is_whole() {
+        let script = "read line; echo answer; head -c 1048576 /dev/zero >&2; echo end >&2";
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", script]);
+        let mut running = Running::start(&mut command, LONG).expect("starts");
+        running.give(b"it\n").expect("takes it");
+        let answer = running.answer(b"it\n", |out| (out == b"answer\n").then_some(()));
+        assert_eq!(answer.expect("talks"), Some(()));
+        let outcome = running.finish(b"it\n").expect("ends");
+        assert!(outcome.status.expect("ends").success());
+        assert_eq!(outcome.stderr.len(), (1 << 20) + 4);
+        assert!(outcome.stderr.ends_with(b"end\n"));
     }
 
     #[test]

@@ -79,3 +79,14 @@ pub(crate) fn object<'a>(
         })
         .transpose()
 }
+
+/// A list of strings under `key`, as far as there is one; `path` is what the error calls it.
+pub(crate) fn texts(map: &Map<String, Value>, key: &str, path: &str) -> Result<()> {
+    let Some(value) = present(map, key) else {
+        return Ok(());
+    };
+    match value.as_array() {
+        Some(list) if list.iter().all(Value::is_string) => Ok(()),
+        _ => Err(CniError::config(path, value, "a list of strings")),
+    }
+}

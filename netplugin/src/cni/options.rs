@@ -133,7 +133,8 @@ fn mode(json: &Map<String, Value>, is_default_gateway: bool) -> Result<Mode> {
             let vlan = vlan.and_then(|vlan| u16::try_from(vlan).ok());
             let vlan = vlan.filter(|vlan| *vlan > 0).map(VlanId);
             let is_gateway = is_default_gateway || boolean(json, "isGateway")?;
-            const NAMES: &str = "the name of a bridge, 1 to 15 bytes";
+            const NAMES: &str =
+                "the name of a bridge, 1 to 15 bytes without '/', ':', '%' and white space";
             let name = string(json, "bridge", NAMES)?.unwrap_or(DEFAULT_BRIDGE);
             if !is_ifname(name) {
                 return Err(CniError::config("bridge", &json!(name), NAMES));

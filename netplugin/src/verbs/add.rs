@@ -260,6 +260,7 @@ impl<'a> Add<'a> {
     }
 
     fn lease(&mut self, leasing: Leasing<'a>) -> Result<Lease> {
+        let has_begun = !matches!(leasing, Leasing::NotStarted(_));
         let mut lease = leasing.finish().map(|Leased { lease, promise }| {
             self.promise = promise;
             lease
@@ -271,7 +272,9 @@ impl<'a> Add<'a> {
                 lease.routes.extend(self.options.routes.iter().cloned());
                 true
             }
-            Err(error) => matches!(error.code, Code::TRY_AGAIN | Code::DECODE | Code::IPAM),
+            Err(error) => {
+                has_begun && matches!(error.code, Code::TRY_AGAIN | Code::DECODE | Code::IPAM)
+            }
         };
         lease
     }

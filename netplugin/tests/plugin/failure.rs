@@ -58,6 +58,50 @@ fn an_ipam_plugin_is_not_told_of_an_add_that_is_refused() {
 }
 
 #[test]
+fn an_ipam_plugin_that_talks_too_much_or_leaves_a_process_behind_has_answered() {
+    let world = World::new();
+    let good = r#"{ "cniVersion": "1.0.0", "ips": [{ "address": "10.77.0.9/16" }] }"#;
+    let much = "head -c 1048576 /dev/zero | tr '\\0' x >&2";
+    for (name, on_add) in [
+        (
+            "late-talk",
+            format!("cat >/dev/null; echo '{good}'; {much}; echo last >&2"),
+        ),
+        (
+            "early-talk",
+            format!("{much}; echo last >&2; cat >/dev/null; echo '{good}'"),
+        ),
+        // It holds stdout and stderr until DEL ends it.
+        (
+            "daemon",
+            format!(
+                "cat >/dev/null; echo last >&2; sleep 300 & echo $! >{}; echo '{good}'",
+                world.path("pid").display()
+            ),
+        ),
+    ] {
+        let stop = format!(
+            "[ $CNI_COMMAND-{name} != DEL-daemon ] || kill $(cat {})",
+            world.path("pid").display()
+        );
+        world.ipam_script(
+            name,
+            &format!("case $CNI_COMMAND in ADD) {on_add};; *) {stop};; esac"),
+        );
+        let pod = Pod::new(name);
+        let ipam = json!({ "type": name, "ranges": null, "routes": null });
+        let config = world.config("1.0.0", json!({ "ipamTimeout": 20, "ipam": ipam }));
+        let answer = world.call("ADD", &pod, &config);
+        assert!(
+            answer.ok && answer.stdout.contains("10.77.0.9/16"),
+            "{answer:?}"
+        );
+        assert!(answer.stderr.trim_end().ends_with("last"), "{answer:?}");
+        world.quiet("DEL", &pod, &config);
+    }
+}
+
+#[test]
 fn adding_twice_fails_and_leaves_the_first_one_whole() {
     let world = World::new();
     let config = world.config("1.0.0", json!({}));
@@ -138,6 +182,23 @@ fn an_ipam_plugin_that_is_missing_is_named() {
     world
         .call_with(&environment, &config.to_string())
         .assert_error(101, &["CNI_PATH is empty"]);
+}
+
+#[test]
+fn an_ipam_plugin_that_cannot_be_run_is_not_asked_to_undo() {
+    let world = World::new();
+    let pod = Pod::new("pod-a");
+    let config = world.config("1.0.0", json!({ "ipam": { "type": "own-ipam" } }));
+    for text in [
+        "#!/nonexistent/interpreter\n",
+        "\u{7f}ELF of another machine",
+    ] {
+        world.ipam_script("own-ipam", "");
+        std::fs::write(world.path("own-ipam"), text).expect("write");
+        let answer = failing_add(&world, &pod, &config);
+        answer.assert_error(101, &["own-ipam ADD: ", "interpreter"]);
+        assert_eq!(answer.error().2, "");
+    }
 }
 
 #[test]
