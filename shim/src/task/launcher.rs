@@ -4,10 +4,16 @@
 //! [`kbp_kernel::process::end_with_parent`] when a program gains permitted ones like that, so that whoever starts the OCI runtime has
 //! to keep them permitted. It is this thread alone, which takes nothing but commands; the threads that read what others send have
 //! given them up ([`crate::bootstrap::server`]).
+//!
+//! A start may take as long as it likes, e.g. when the program lies on a file system that does not answer: only further starts wait for
+//! it, since callers wait without a thread and hold no lock.
 
 use std::io;
-use std::process::Command;
+use std::process::{Child, Command};
 use std::sync::mpsc;
+
+use kbp_kernel::process::{set_thp_disabled, thp_disabled};
+use tokio::sync::oneshot;
 
 /// The thread's name, as /proc shows it.
 pub const NAME: &str = "launcher";
@@ -17,7 +23,7 @@ const STACK: usize = 256 << 10;
 
 struct Order {
     command: Command,
-    answer: mpsc::SyncSender<io::Result<u32>>,
+    answer: oneshot::Sender<io::Result<u32>>,
 }
 
 /// Starts programs in a thread of its own, which ends when this is dropped.
@@ -39,10 +45,10 @@ impl Launcher {
                 answer,
             } in received
             {
-                let started = command.spawn().map(|child| child.id());
+                let started = spawn(&mut command).map(|child| child.id());
                 // It holds the child's ends of pipes, whose other ends the caller is about to read.
                 drop(command);
-                // The caller waits for it.
+                // The caller may have given up.
                 let _ = answer.send(started);
             }
         };
@@ -57,11 +63,25 @@ impl Launcher {
     ///
     /// # Errors
     /// As [`Command::spawn`].
-    pub fn launch(&self, command: Command) -> io::Result<u32> {
+    pub async fn launch(&self, command: Command) -> io::Result<u32> {
         let gone = || io::Error::other("the thread that starts programs has ended");
-        let (answer, started) = mpsc::sync_channel(1);
+        let (answer, started) = oneshot::channel();
         let order = Order { command, answer };
         self.orders.send(order).map_err(|_| gone())?;
-        started.recv().map_err(|_| gone())?
+        started.await.map_err(|_| gone())?
     }
+}
+
+/// Starts a program with transparent huge pages, which the shim switches off for itself: the setting belongs to the address space and
+/// is inherited at exec, so it is switched for the moment of the spawn. std waits for the child's exec.
+fn spawn(command: &mut Command) -> io::Result<Child> {
+    let thp_off = thp_disabled().unwrap_or(false);
+    if thp_off {
+        let _ = set_thp_disabled(false);
+    }
+    let spawned = command.spawn();
+    if thp_off {
+        let _ = set_thp_disabled(true);
+    }
+    spawned
 }

@@ -5,8 +5,9 @@
 //! and whatever outlives those). Both are announced by SIGCHLD alone, so one loop looks at every zombie
 //! *without* consuming it (WNOWAIT), decides whose it is, and only then consumes it by pid.
 //!
-//! Exits are not lost, however early they come: a child is started and registered under the lock that the loop
-//! takes, and while a caller holds an [`Adoption`] the exits of unknown processes are kept for it.
+//! Exits are not lost, however early they come: while a caller holds an [`Adoption`] the exits of unknown processes are kept for it,
+//! and while a program is being started they are left alone: the one that is being started is among them, and std waits itself for one
+//! that could not be executed.
 
 use std::collections::HashMap;
 use std::io;
@@ -55,6 +56,8 @@ struct Table {
     unclaimed: Vec<(u64, Exit)>,
     adoptions: usize,
     next: u64,
+    /// Programs that are being started.
+    starts: usize,
 }
 
 /// A process started by [`Reaper::spawn`].
@@ -102,31 +105,32 @@ impl Reaper {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts `command` and watches it.
-    ///
-    /// The child gets transparent huge pages back, which the shim switches off for itself: the setting belongs to
-    /// the address space and is inherited at exec, so it is switched for the moment of the spawn: std waits for
-    /// the child's exec.
+    /// Starts `command` and watches it. No lock is held meanwhile: the ends of watched processes are told, however long the start takes.
     ///
     /// # Errors
     /// As [`Command::spawn`].
-    pub fn spawn(&self, mut command: Command) -> io::Result<Child> {
+    pub async fn spawn(self: &Arc<Self>, mut command: Command) -> io::Result<Child> {
         for name in OWN_ENVIRONMENT {
             command.env_remove(name);
         }
-        let mut table = self.lock();
-        let thp_off = process::thp_disabled().unwrap_or(false);
-        if thp_off {
-            let _ = process::set_thp_disabled(false);
-        }
-        let spawned = self.launcher.launch(command);
-        if thp_off {
-            let _ = process::set_thp_disabled(true);
-        }
-        let pid = spawned?;
-        let (sender, exit) = oneshot::channel();
-        table.watched.insert(pid, sender);
-        Ok(Child { pid, exit })
+        let this = Arc::clone(self);
+        // Of its own, so that it comes to its end when the caller goes away.
+        let start = tokio::spawn(async move {
+            this.lock().starts += 1;
+            let started = this.launcher.launch(command).await;
+            let child = {
+                let mut table = this.lock();
+                table.starts -= 1;
+                started.map(|pid| {
+                    let (sender, exit) = oneshot::channel();
+                    table.watched.insert(pid, sender);
+                    Child { pid, exit }
+                })
+            };
+            this.reap();
+            child
+        });
+        start.await.map_err(io::Error::other)?
     }
 
     /// Announces that a process is about to be left to the shim by one that it started.
@@ -152,10 +156,17 @@ impl Reaper {
         process::kill(pid, signal)
     }
 
-    /// Consumes every zombie there is.
+    /// Consumes every zombie there is; while a program is being started those that are watched.
     fn reap(&self) {
         loop {
             let mut table = self.lock();
+            if table.starts > 0 {
+                let watched: Vec<u32> = table.watched.keys().copied().collect();
+                for ended in watched.into_iter().flat_map(process::consume) {
+                    table.told(ended);
+                }
+                return;
+            }
             let pid = match process::peek_ended() {
                 Ok(Some(pid)) => pid,
                 Ok(None) => return,
@@ -164,29 +175,32 @@ impl Reaper {
                     return;
                 }
             };
-            let ended = match process::consume(pid) {
-                Ok(ended) => ended,
-                Err(error) => {
-                    // Started without the reaper, and waited for meanwhile by whoever did.
-                    tracing::debug!("nothing to reap: {error}");
-                    continue;
-                }
-            };
-            let exit = Exit {
-                pid: ended.pid,
-                status: ended.status(),
-                at: SystemTime::now(),
-            };
-            match table.watched.remove(&exit.pid) {
-                // Whoever watched may have stopped caring.
-                Some(watcher) => drop(watcher.send(exit)),
-                None if table.adoptions > 0 => {
-                    let number = table.next;
-                    table.next += 1;
-                    table.unclaimed.push((number, exit));
-                }
-                None => {}
+            match process::consume(pid) {
+                Ok(ended) => table.told(ended),
+                // Started without the reaper, and waited for meanwhile by whoever did.
+                Err(error) => tracing::debug!("nothing to reap: {error}"),
             }
+        }
+    }
+}
+
+impl Table {
+    /// Passes on the end of a process to whoever watches it, or keeps it.
+    fn told(&mut self, ended: process::ExitInfo) {
+        let exit = Exit {
+            pid: ended.pid,
+            status: ended.status(),
+            at: SystemTime::now(),
+        };
+        match self.watched.remove(&exit.pid) {
+            // Whoever watched may have stopped caring.
+            Some(watcher) => drop(watcher.send(exit)),
+            None if self.adoptions > 0 => {
+                let number = self.next;
+                self.next += 1;
+                self.unclaimed.push((number, exit));
+            }
+            None => {}
         }
     }
 }
@@ -207,6 +221,9 @@ impl Adoption {
             }
             None => {
                 table.watched.insert(pid, sender);
+                // It may have been left alone for a start that is under way.
+                drop(table);
+                self.reaper.reap();
             }
         }
         receiver

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 
 use serde::Deserialize;
 
@@ -97,7 +98,7 @@ impl Runtime {
     /// Runs a verb and returns its standard output.
     pub async fn call<'a>(
         &self,
-        reaper: &Reaper,
+        reaper: &Arc<Reaper>,
         arguments: impl IntoIterator<Item = &'a str>,
     ) -> Result<Vec<u8>, Failure> {
         let mut command = self.command();
@@ -111,7 +112,7 @@ impl Runtime {
     /// rest cleared by the shim's `delete`.
     pub async fn run(
         &self,
-        reaper: &Reaper,
+        reaper: &Arc<Reaper>,
         mut command: Command,
         stdio: Option<ChildStdio>,
     ) -> Result<Vec<u8>, Failure> {
@@ -136,13 +137,16 @@ impl Runtime {
         };
         stdio.apply(&mut command);
         kbp_kernel::process::end_with_parent(&mut command);
-        let child = reaper.spawn(command).map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => failed(format!(
-                "exec: {:?}: executable file not found in $PATH",
-                self.binary.display()
-            )),
-            _ => cannot(error),
-        })?;
+        let child = reaper
+            .spawn(command)
+            .await
+            .map_err(|error| match error.kind() {
+                std::io::ErrorKind::NotFound => failed(format!(
+                    "exec: {:?}: executable file not found in $PATH",
+                    self.binary.display()
+                )),
+                _ => cannot(error),
+            })?;
 
         let mut exit = child.exit;
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());

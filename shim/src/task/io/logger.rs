@@ -70,7 +70,11 @@ impl Logger {
             .env("CONTAINER_NAMESPACE", origin.namespace);
         ChildStdio::default().apply(&mut command);
         kbp_kernel::fd::pass(&mut command, vec![out, err, its_ready]);
-        let child = origin.reaper.spawn(command).map_err(Error::io(what()))?;
+        let child = origin
+            .reaper
+            .spawn(command)
+            .await
+            .map_err(Error::io(what()))?;
         let logger = Self {
             child,
             reaper: Arc::clone(origin.reaper),
