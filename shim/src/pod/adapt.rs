@@ -26,7 +26,7 @@ const NEAR: Duration = Duration::from_millis(100);
 /// Between looks at a busy container otherwise.
 const FAR: Duration = Duration::from_millis(500);
 /// Most between looks at one that does nothing.
-const RARE: Duration = Duration::from_secs(8);
+const RARE: Duration = Duration::from_secs(4);
 
 /// What is to become of the window.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -120,6 +120,11 @@ impl Adaptive {
         }
     }
 
+    /// Whether the last look showed harm, and the next one may take the window away.
+    pub(super) fn suspects(&self) -> bool {
+        self.strikes > 0
+    }
+
     fn turn(&mut self, now: Instant) {
         self.strikes = 0;
         self.since = Some(now);
@@ -144,6 +149,11 @@ impl Pace {
     pub(super) fn wake(&mut self, now: Instant) {
         self.woken = Some(now);
         self.idle = None;
+    }
+
+    /// Whether the pod has done anything lately.
+    pub(super) fn is_awake(&self) -> bool {
+        self.idle.is_none()
     }
 
     /// After a look at containers that were on so many CPUs.
@@ -242,7 +252,7 @@ mod tests {
         let pauses: Vec<u64> = (0..6)
             .map(|_| pace.next(none(), 0.0, later).as_millis() as u64)
             .collect();
-        assert_eq!(pauses, [500, 1000, 2000, 4000, 8000, 8000]);
+        assert_eq!(pauses, [500, 1000, 2000, 4000, 4000, 4000]);
         pace.wake(later);
         assert_eq!(pace.next(none(), 0.0, later), NEAR);
         let mut adaptive = Adaptive::default();

@@ -9,7 +9,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api;
-use kbp_kernel::Micros;
 use kbp_kernel::netns::Netns;
 use kbp_kernel::process::PidFd;
 use kbp_poller::Error;
@@ -21,21 +20,18 @@ use kbp_poller::state::{Degraded, Part, SocketCounters};
 use kbp_poller::window::Window;
 use tokio::sync::mpsc;
 
-use super::adapt::{Adaptive, Pace, Verdict};
+use super::adapt::{Adaptive, Pace};
 use super::asked::{Asked, oci_runtime};
+use super::container::{Container, described};
 use super::oci_runtime::OciRuntime;
 use super::report::{Bare, Report, Share, Sockets};
 use super::treat::{self, HOST_NETWORK, Means, Support};
 use super::{Context, Refusal};
-use crate::sockets::{Event, Notifier, Treatment, Watch};
+use crate::sockets::{Event, Notifier, Pollers};
 use crate::spec::{CpuLimits, Network, Spec};
-use crate::task::cgroup::Cgroup;
 
 /// Looking at what other pods have takes reading their state files.
 const FOLLOW_EVERY: Duration = Duration::from_secs(10);
-
-/// Processes of a container that are looked at; a server with more has them for connections, of which most are short.
-const PROCESSES: usize = 1024;
 
 const NO_INTERFACE: &str = "there is no interface in the pod's network namespace";
 
@@ -80,23 +76,6 @@ struct Founded {
     /// The first container: its network is the pod's.
     first: String,
     support: Option<Support>,
-}
-
-#[derive(Debug)]
-struct Container {
-    sandbox: bool,
-    limits: CpuLimits,
-    /// What fits its limits and its neighbours.
-    decided: Window,
-    /// What it has: that, or none while it hurts.
-    window: Window,
-    adaptive: Adaptive,
-    /// Its first process; None before there is one.
-    process: Option<(u32, PidFd)>,
-    /// None: it has no listener.
-    treatment: Option<Treatment>,
-    host_network: bool,
-    degraded: Vec<Degraded>,
 }
 
 /// A container that may be created.
@@ -195,6 +174,7 @@ impl Pod {
                 reason: HOST_NETWORK.to_owned(),
             },
             adaptive: Adaptive::default(),
+            pollers: Pollers::default(),
             process: None,
             limits,
             treatment: None,
@@ -475,7 +455,12 @@ impl Pod {
         if by_event {
             inner.pace.wake(now);
         }
-        inner.adapt(now)
+        let pause = inner.adapt(now);
+        // Other pods come and go without any call of this one.
+        if pause.is_some() && inner.pace.is_awake() && inner.follow(&self.context) {
+            inner.tell_sockets();
+        }
+        pause
     }
 
     /// Brings the counters of the state file up to date.
@@ -488,16 +473,16 @@ impl Pod {
 
 impl Inner {
     /// Decides the windows anew where they depend on who else is there: of containers with a cpuset, which another pod may have
-    /// come to share or left. It is called when calls were answered, so while sockets are made that the new window is for.
-    fn follow(&mut self, context: &Context) {
+    /// come to share or left. It is called when calls were answered and while the pod does anything; whether it was time.
+    fn follow(&mut self, context: &Context) -> bool {
         let (Some(founded), Some(notifier)) = (&self.founded, &self.notifier) else {
-            return;
+            return false;
         };
         let lately = |at: &Instant| at.elapsed() < FOLLOW_EVERY;
         if founded.asked.policy.busy_poll != BusyPoll::Auto
             || self.followed.as_ref().is_some_and(lately)
         {
-            return;
+            return false;
         }
         self.followed = Some(Instant::now());
         for (id, container) in &mut self.containers {
@@ -507,6 +492,7 @@ impl Inner {
             let window = treat::window(&founded.asked, &container.limits, context);
             container.decide(id, window, Some(notifier));
         }
+        true
     }
 
     /// Looks whether windows hurt; after how long to look again, None: when something happens.
@@ -517,31 +503,18 @@ impl Inner {
         if founded.asked.policy.busy_poll != BusyPoll::Auto {
             return None;
         }
+        for noted in notifier.noted() {
+            if let Some(container) = self.containers.get_mut(noted.container()) {
+                container.pollers.add(noted);
+            }
+        }
         let (mut cpus, mut changed, mut any) = (0.0, false, false);
         for (id, container) in &mut self.containers {
-            if container.treatment.is_none() || container.decided.micros.is_none() {
-                continue;
+            if let Some(looked) = container.look(id, notifier, now) {
+                any = true;
+                cpus += looked.cpus;
+                changed |= looked.changed;
             }
-            any = true;
-            let processes = container.processes();
-            let window = container.window.micros;
-            let Some(watch) = &mut container.adaptive.watch else {
-                container.adaptive.watch = Some(Watch::new(&processes));
-                continue;
-            };
-            let count = container.limits.cpuset().map_or(usize::MAX, |c| c.len());
-            let look = watch.look(&processes, window, count);
-            cpus += look.cpus;
-            let window = match container.adaptive.judge(&look, now) {
-                Verdict::Stay => continue,
-                Verdict::GiveBack => container.decided.clone(),
-                Verdict::TakeAway(reason) => Window {
-                    micros: None,
-                    reason: format!("auto: off for now, since {reason}"),
-                },
-            };
-            changed = true;
-            container.give(id, window, Some(notifier));
         }
         if changed {
             self.tell_sockets();
@@ -569,13 +542,15 @@ impl Inner {
     }
 
     fn sockets(&self) -> Sockets {
+        let windows: Vec<Window> = self.containers.values().map(Container::shown).collect();
         let shares: Vec<Share<'_>> = self
             .containers
             .iter()
-            .map(|(id, c)| Share {
+            .zip(&windows)
+            .map(|((id, c), window)| Share {
                 id,
                 sandbox: c.sandbox,
-                window: &c.window,
+                window,
                 cpuset: c.limits.cpuset(),
             })
             .collect();
@@ -617,72 +592,6 @@ impl Inner {
             config: founded.asked.config.clone(),
         })
     }
-}
-
-impl Container {
-    /// Another window fits it now.
-    fn decide(&mut self, id: &str, window: Window, notifier: Option<&Notifier>) {
-        if window == self.decided {
-            return;
-        }
-        self.decided = window.clone();
-        // What was learned about the old one says nothing of this one.
-        self.adaptive = Adaptive::default();
-        self.give(id, window, notifier);
-    }
-
-    /// Gives it a window: what it makes from now on, and what it has already.
-    fn give(&mut self, id: &str, window: Window, notifier: Option<&Notifier>) {
-        let from = self.window.micros;
-        self.window = window;
-        tracing::info!(
-            "container {id}: busy-poll window now {}",
-            described(&self.window)
-        );
-        let (Some(treatment), Some(notifier)) = (&mut self.treatment, notifier) else {
-            return;
-        };
-        treatment.window = self.window.micros;
-        notifier.admit(id, *treatment);
-        let treatment = *treatment;
-        if from == self.window.micros {
-            return;
-        }
-        let retuned = notifier.retune(&self.processes(), from, treatment);
-        tracing::info!(
-            "container {id}: {} sockets and {} epoll instances that were there have it too{}",
-            retuned.sockets,
-            retuned.epolls,
-            if retuned.cut_short {
-                "; there were more than there was time for"
-            } else {
-                ""
-            }
-        );
-    }
-
-    /// Its processes; the first one alone where it shares the shim's own cgroup.
-    fn processes(&self) -> Vec<u32> {
-        let Some((pid, handle)) = &self.process else {
-            return Vec::new();
-        };
-        let own = Cgroup::of_process(std::process::id());
-        let listed = Cgroup::of_process(*pid)
-            .ok()
-            .zip(own.ok())
-            .and_then(|(cgroup, own)| cgroup.processes(&own, PROCESSES));
-        // Asked after its cgroup was read: the number was its own until then.
-        match handle.signal(0) {
-            Ok(true) => listed.unwrap_or_else(|| vec![*pid]),
-            _ => Vec::new(),
-        }
-    }
-}
-
-fn described(window: &Window) -> String {
-    let micros = |micros: Micros| format!("{micros} µs");
-    let micros = window.micros.map_or_else(|| "off".to_owned(), micros);
-    format!("{micros} ({})", window.reason)
 }
 
 /// Puts a bundle back as it was.

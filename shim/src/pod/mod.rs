@@ -5,12 +5,14 @@
 //! whatever happens here. The plain service knows nothing of this module, and this module nothing of ttrpc framing.
 //!
 //! What a pod asks for is read in [`asked`] at its first container and holds for all of them. [`life`] is what a pod has:
-//! the notifier of its sockets, the attachment of its veth, its containers. [`adapt`] takes a window away while it hurts. [`treat`] decides what a container is given
-//! and edits its bundle; [`report`] is what the state file says. Everything that may block runs on threads for that.
+//! the notifier of its sockets, the attachment of its veth, its containers. [`container`] is what one of these has while it
+//! runs, [`adapt`] when a window is taken away that hurts. [`treat`] decides what a container is given and edits its bundle;
+//! [`report`] is what the state file says. Everything that may block runs on threads for that.
 
 mod adapt;
 mod asked;
 mod cleanup;
+mod container;
 mod decorator;
 mod features;
 mod life;

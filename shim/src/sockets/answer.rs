@@ -91,7 +91,7 @@ fn treat(
                 }
             }
             if which == Syscall::Listen && treatment.bounded && call.tid != 0 {
-                shared.pollers.watch(call.tid, container);
+                shared.notes.add(call.tid, container);
             }
             Ok(false)
         }
@@ -107,7 +107,7 @@ fn treat(
                 _ => return Ok(false),
             };
             if treatment.bounded && call.tid != 0 {
-                shared.pollers.watch(call.tid, container);
+                shared.notes.add(call.tid, container);
             }
             if treatment.bounded && call.tid != 0 && !shared.crowd.admits(call.tid) {
                 shared

@@ -13,6 +13,7 @@ mod crowd;
 mod handshake;
 mod home;
 pub mod node_wide;
+mod noted;
 mod pollers;
 mod retune;
 #[cfg(test)]
@@ -21,6 +22,8 @@ mod thread;
 mod waiting;
 
 pub use home::{directory, remove};
+pub use noted::Noted;
+pub use pollers::Pollers;
 pub use retune::Retuned;
 pub use waiting::{Look, Watch};
 
@@ -131,7 +134,7 @@ struct Shared {
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
     counters: AtomicCounters,
     crowd: crowd::Crowd,
-    pollers: pollers::Pollers,
+    notes: noted::Notes,
     /// Whether [`Event::Active`] was sent and nobody has looked since.
     told_active: AtomicBool,
     events: Box<dyn Fn(Event) + Send + Sync>,
@@ -198,7 +201,7 @@ impl Notifier {
                 containers: Mutex::default(),
                 counters: AtomicCounters::default(),
                 crowd: crowd::Crowd::default(),
-                pollers: pollers::Pollers::new(),
+                notes: noted::Notes::new(),
                 told_active: AtomicBool::new(false),
                 events: Box::new(events),
             }),
@@ -237,9 +240,6 @@ impl Notifier {
     /// Accepts the listeners of a container from now on. For a container that is there already, its calls get the new
     /// treatment from now on.
     pub fn admit(&self, container: &str, treatment: Treatment) {
-        if treatment.bounded && treatment.window.is_some() {
-            self.shared.pollers.start();
-        }
         let mut containers = self.shared.containers();
         let entry = containers
             .entry(container.to_owned())
@@ -251,6 +251,17 @@ impl Notifier {
     /// long as that takes, and does not get in the way of calls.
     pub fn retune(&self, processes: &[u32], from: Option<Micros>, to: Treatment) -> Retuned {
         retune::retune(processes, from, to, &self.shared.crowd)
+    }
+
+    /// The processes that have come to listen or make epoll instances, of containers whose windows are bounded.
+    pub fn noted(&self) -> Vec<Noted> {
+        self.shared.notes.take()
+    }
+
+    /// Counts what of a container's processes polls, where it is time, and gives each the window that `now` says or none; whether
+    /// that has changed for any. `soon`: also of those that were counted lately.
+    pub fn count_pollers(&self, pollers: &mut Pollers, now: Treatment, soon: bool) -> bool {
+        pollers.look(now, &self.shared.crowd, soon)
     }
 
     /// Accepts no further listener of a container; those that are there are answered on.

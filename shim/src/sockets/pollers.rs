@@ -1,327 +1,257 @@
-//! How many of a pod's programs' threads poll at once, looked at while they run.
+//! How many of a container's threads poll at once, counted while they run.
 //!
-//! Which thread will wait where cannot be told when a server makes its epoll instances or listens: memcached makes one for each of its
-//! threads, HAProxy too, and others have a thread for each connection, which blocks. With more of them on the way than the process may use
-//! CPUs, each spins while the others wait for its CPU. At a rate that a CPU bears easily that can take all of it. So a thread of its own
-//! counts, for each process that listens or makes epoll instances under `auto`, those epoll instances that watch a connection, and the
-//! connections that are waited for by blocking. Where they are more than the CPUs, all of them lose their window, and get it back when
-//! they have been fewer for two looks.
+//! memcached makes an epoll instance for each of its threads, HAProxy too, and others have a thread for each connection, which blocks.
+//! With more of them on the way than the process may use CPUs, each spins while the others wait for its CPU. At a rate that a CPU bears
+//! easily that can take all of it. So for each process that listens or makes epoll instances under `auto` those epoll instances are
+//! counted that watch a connection, and the connections that are waited for by blocking. While they are more than the CPUs, the process
+//! has no window; it gets that of its container when they have been few enough for two looks.
 
 use std::collections::BTreeSet;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::thread::JoinHandle;
-use std::time::Duration;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::{Duration, Instant};
 
-use kbp_kernel::Micros;
 use kbp_kernel::process::{self, PidFd};
-use kbp_kernel::sockopt::{self, SocketKind};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::sockopt::{AcceptConn, SockType};
 use nix::sys::socket::{SockaddrStorage, getpeername, getsockopt};
 
-use super::Container;
+use super::Treatment;
+use super::crowd::Crowd;
+use super::noted::Noted;
+use super::retune::{Change, Retuned, Walk, retune};
 
-/// Between two looks at processes that work.
-const WORKING: Duration = Duration::from_millis(500);
-/// The longest time between two looks: at processes that do nothing.
-const IDLE: Duration = Duration::from_secs(4);
-/// A process that has run less than this since the last look does nothing.
+/// Between two counts of one process.
+const EVERY: Duration = Duration::from_millis(500);
+/// Between two counts in the time that one took: with many descriptors it is not cheap.
+const REST: u32 = 20;
+/// A process that has run less than this since the last count does nothing.
 const WORK: Duration = Duration::from_millis(5);
-/// Processes that are looked at; further ones are left as they are.
+/// Processes of a container that are looked at; further ones are left as they are.
 const MOST: usize = 256;
-/// It reads small files and asks for options.
-const STACK_SIZE: usize = 64 * 1024;
+/// Counts in a row that have to find few enough.
+const FEW: u32 = 2;
 
-/// The processes of a pod that are looked at, and the thread that does.
-#[derive(Debug)]
-pub(super) struct Pollers {
-    shared: Arc<(Mutex<Watched>, Condvar)>,
-    thread: Mutex<Option<JoinHandle<()>>>,
-}
-
+/// The processes of a container that may have more threads polling than CPUs.
 #[derive(Debug, Default)]
-struct Watched {
-    processes: Vec<Watch>,
-    ended: bool,
-    /// Whether a process has come since the last look.
-    new: bool,
+pub struct Pollers {
+    processes: Vec<Watched>,
 }
 
 /// One process.
-#[derive(Debug, Clone)]
-struct Watch {
+#[derive(Debug)]
+struct Watched {
     pid: u32,
     /// While it lives, the number means no other one.
-    process: Arc<PidFd>,
-    container: Arc<Container>,
-    /// CPU time of its threads at the last look.
+    process: PidFd,
+    /// CPU time of its threads at the last count.
     worked: Duration,
-    /// Whether its windows were ever taken.
-    taken: bool,
-    /// Looks in a row that found few enough.
+    /// When it was counted last, and how long that took.
+    counted: Option<(Instant, Duration)>,
+    /// Why it has no window, for a person; None: it has its container's.
+    crowded: Option<String>,
+    /// Counts in a row that found few enough.
     few: u32,
 }
 
 /// What of a process polls, or would with a window.
 #[derive(Debug, Default)]
-struct Found {
-    /// Epoll instances that watch a connection.
-    loops: Vec<OwnedFd>,
-    /// Connections that a thread waits for by blocking, and listening sockets, from which the next ones inherit.
-    blocking: Vec<OwnedFd>,
-    /// What each of the loops watches. One instance may have several descriptors (tokio's registry is a copy), which watch the same.
-    watched: BTreeSet<Vec<String>>,
-    /// The links of those that are connections: one socket may have several descriptors, too.
-    connections: BTreeSet<PathBuf>,
+pub(super) struct Count {
+    epolls: Vec<i32>,
+    /// Descriptors of connections.
+    receiving: BTreeSet<String>,
+    /// Connections that a thread waits for by blocking, by their inodes: one may have several descriptors.
+    blocking: BTreeSet<String>,
 }
 
 impl Pollers {
-    pub(super) fn new() -> Self {
-        Self {
-            shared: Arc::default(),
-            thread: Mutex::new(None),
+    /// Has a process looked at from now on.
+    pub fn add(&mut self, noted: Noted) {
+        // The same number may be another process by now.
+        let lives = |w: &Watched| w.process.signal(0).unwrap_or(true);
+        self.processes.retain(|w| w.pid != noted.pid || lives(w));
+        if self.processes.len() < MOST && !self.processes.iter().any(|w| w.pid == noted.pid) {
+            self.processes.push(Watched {
+                pid: noted.pid,
+                process: noted.process,
+                worked: Duration::ZERO,
+                counted: None,
+                crowded: None,
+                few: 0,
+            });
         }
     }
 
-    /// Starts the thread, once. Without one nothing is looked at.
-    pub(super) fn start(&self) {
-        let mut thread = lock(&self.thread);
-        if thread.is_some() {
-            return;
-        }
-        // What comes later waits for nothing but a lock.
-        lock(&self.shared.0).processes.reserve(MOST);
-        let shared = Arc::clone(&self.shared);
-        let started = std::thread::Builder::new()
-            .name("kbp-pollers".to_owned())
-            .stack_size(STACK_SIZE)
-            .spawn(move || run(&shared));
-        match started {
-            Ok(started) => *thread = Some(started),
-            Err(error) => tracing::warn!(%error, "what polls at once cannot be counted"),
-        }
+    /// Their ids.
+    pub fn ids(&self) -> impl Iterator<Item = u32> {
+        self.processes.iter().map(|w| w.pid)
     }
 
-    /// Has the process of thread `tid` looked at from now on.
-    pub(super) fn watch(&self, tid: u32, container: &Arc<Container>) {
-        let Ok(pid) = process::process_of(tid) else {
-            return;
-        };
-        let mut watched = lock(&self.shared.0);
-        let room = watched.processes.len() < MOST.min(watched.processes.capacity());
-        if !room || watched.processes.iter().any(|w| w.pid == pid) {
-            return;
-        }
-        let Ok(process) = PidFd::open(pid) else {
-            return;
-        };
-        watched.processes.push(Watch {
-            pid,
-            process: Arc::new(process),
-            container: Arc::clone(container),
-            worked: Duration::ZERO,
-            taken: false,
-            few: 0,
+    /// Whether that process has no window, since too many of its threads would poll.
+    pub fn is_crowded(&self, pid: u32) -> bool {
+        let mut processes = self.processes.iter();
+        processes.any(|w| w.pid == pid && w.crowded.is_some())
+    }
+
+    /// Whether there are such processes and no others.
+    pub fn are_all_crowded(&self) -> bool {
+        !self.processes.is_empty() && self.processes.iter().all(|w| w.crowded.is_some())
+    }
+
+    /// Which processes have no window and why, for a person.
+    pub fn reason(&self) -> Option<String> {
+        let mut crowded = self.processes.iter().filter_map(|w| w.crowded.as_deref());
+        let first = crowded.next()?;
+        Some(match crowded.count() {
+            0 => first.to_owned(),
+            more => format!("{first}, and {more} more processes"),
+        })
+    }
+
+    /// Counts again where it is time, and takes windows away or gives those of the container: whether any process has come to or
+    /// from having one. `soon`: also what was counted lately.
+    pub(super) fn look(&mut self, now: Treatment, crowd: &Crowd, soon: bool) -> bool {
+        let mut changed = false;
+        self.processes.retain_mut(|watched| {
+            // Signal 0 only asks.
+            let lives = watched.process.signal(0).unwrap_or(false);
+            changed |= match lives {
+                true => watched.look(now, crowd, soon),
+                false => watched.crowded.is_some(),
+            };
+            lives
         });
-        watched.new = true;
-        drop(watched);
-        self.shared.1.notify_one();
+        changed
     }
 }
 
-impl Drop for Pollers {
-    fn drop(&mut self) {
-        lock(&self.shared.0).ended = true;
-        self.shared.1.notify_one();
-        if let Some(thread) = lock(&self.thread).take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the thread that counts pollers had panicked");
+impl Watched {
+    /// Whether it has come to or from having a window.
+    fn look(&mut self, now: Treatment, crowd: &Crowd, soon: bool) -> bool {
+        let every = if soon { Duration::ZERO } else { EVERY };
+        let early = |(at, took): (Instant, Duration)| at.elapsed() < every.max(REST * took);
+        if self.counted.is_some_and(early) {
+            return false;
         }
-    }
-}
-
-/// What is behind these locks is whole between any two operations on it.
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn run(shared: &(Mutex<Watched>, Condvar)) {
-    let mut pause = WORKING;
-    loop {
-        let mut watched = lock(&shared.0);
-        while !watched.ended && watched.processes.is_empty() {
-            watched = shared
-                .1
-                .wait(watched)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-        if !watched.ended {
-            let (awake, _) = shared
-                .1
-                .wait_timeout_while(watched, pause, |w| !(w.ended || w.new && pause > WORKING))
-                .unwrap_or_else(PoisonError::into_inner);
-            watched = awake;
-        }
-        if watched.ended {
-            return;
-        }
-        watched.new = false;
-        // A program's call may want to add one meanwhile.
-        let mut looked: Vec<Watch> = watched.processes.clone();
-        drop(watched);
-        let mut works = false;
-        let lives: Vec<bool> = looked
-            .iter_mut()
-            .map(|watch| look(watch).inspect(|worked| works |= worked).is_some())
-            .collect();
-        pause = if works {
-            WORKING
-        } else {
-            (pause * 2).min(IDLE)
+        let Ok(worked) = process::cpu_time_of_all(self.pid) else {
+            return false;
         };
-        let mut looked = looked.into_iter().zip(lives);
-        // What was added is behind those that were looked at.
-        lock(&shared.0)
-            .processes
-            .retain_mut(|watch| match looked.next() {
-                Some((seen, lives)) => {
-                    *watch = seen;
-                    lives
-                }
-                None => true,
-            });
+        if worked.saturating_sub(self.worked) < WORK {
+            return false;
+        }
+        self.worked = worked;
+        let start = Instant::now();
+        let crowded = self.count(now, crowd);
+        self.counted = Some((start, start.elapsed()));
+        // Nothing is known of one that is gone, or has more than there was time for.
+        crowded.is_ok_and(|crowded| self.settle(crowded, now, crowd))
     }
-}
 
-/// Looks at a process and sets what it finds. None: it has ended. Else whether it has worked since the last look.
-fn look(watch: &mut Watch) -> Option<bool> {
-    // Signal 0 only asks.
-    if !watch.process.signal(0).ok()? {
-        return None;
+    /// Why it is crowded; an error: it cannot be told.
+    fn count(&self, now: Treatment, crowd: &Crowd) -> Result<Option<String>, ()> {
+        let pid = self.pid;
+        let cpus = process::affinity_count(pid).map_err(drop)?;
+        let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).map_err(drop)?;
+        // One that has many connections and few threads waits for few at a time.
+        let threads = tasks.count();
+        if threads <= cpus && self.crowded.is_none() {
+            return Ok(None);
+        }
+        // What it has come to share with a process that has a window.
+        let change = Change::new(now.window, off(now));
+        let change = (self.crowded.is_some() && now.window.is_some()).then_some(&change);
+        let (mut count, mut retuned) = (Count::default(), Retuned::default());
+        Walk::new(crowd).process(pid, &self.process, change, Some(&mut count), &mut retuned);
+        let (loops, connections) = (count.loops(pid), count.blocking.len());
+        if threads.min(loops + connections) <= cpus {
+            return if retuned.cut_short { Err(()) } else { Ok(None) };
+        }
+        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        Ok(Some(format!(
+            "{loops} event loops and {connections} blocking connections of process {pid} ({}) would poll at once on {}",
+            name.trim_end(),
+            match cpus {
+                1 => "one CPU".to_owned(),
+                cpus => format!("{cpus} CPUs"),
+            }
+        )))
     }
-    let worked = process::cpu_time_of_all(watch.pid).ok()?;
-    let works = worked.saturating_sub(watch.worked) >= WORK;
-    watch.worked = worked;
-    if !works {
-        return Some(false);
-    }
-    let treatment = watch.container.treatment();
-    let (Some(window), true) = (treatment.window, treatment.bounded) else {
-        return Some(true);
-    };
-    let cpus = process::affinity_count(watch.pid).ok()?;
-    let found = Found::of(watch.pid, &watch.process);
-    // One that has many connections and a single thread waits for one at a time.
-    let threads = std::fs::read_dir(format!("/proc/{}/task", watch.pid))
-        .ok()?
-        .count();
-    let crowded = threads.min(found.pollers()) > cpus;
-    watch.few = if crowded { 0 } else { watch.few + 1 };
-    if crowded {
-        watch.taken = true;
-        found.set(window, Micros(0), &watch.container);
-    } else if watch.taken && watch.few >= 2 {
-        // Also what had no connection when the others got theirs back.
-        found.set(Micros(0), window, &watch.container);
-    }
-    Some(true)
-}
 
-impl Found {
-    fn of(pid: u32, process: &PidFd) -> Self {
-        let mut found = Self::default();
-        let mut epolls = Vec::new();
-        let mut connections = BTreeSet::new();
-        let listed = std::fs::read_dir(format!("/proc/{pid}/fd"));
-        let numbers = listed.into_iter().flatten().flatten();
-        let numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-        for number in numbers {
-            let Some(fd) = process.open_fd(number) else {
-                continue;
+    fn settle(&mut self, crowded: Option<String>, now: Treatment, crowd: &Crowd) -> bool {
+        self.few = if crowded.is_some() { 0 } else { self.few + 1 };
+        let (was, is) = (self.crowded.is_some(), crowded.is_some());
+        if was == is || (was && self.few < FEW) {
+            return false;
+        }
+        if let Some(window) = now.window {
+            let retuned = match is {
+                true => retune(&[self.pid], Some(window), off(now), crowd),
+                false => retune(&[self.pid], None, now, crowd),
             };
-            match sockopt::kind(fd.as_fd()) {
-                SocketKind::Inet => {
-                    let listens = getsockopt(&fd, AcceptConn).unwrap_or(false);
-                    // Datagrams come without a connection, too.
-                    let receives = getsockopt(&fd, SockType)
-                        == Ok(nix::sys::socket::SockType::Datagram)
-                        || getpeername::<SockaddrStorage>(fd.as_raw_fd()).is_ok();
-                    if receives {
-                        connections.insert(number);
-                    }
-                    if blocks(&fd) || listens {
-                        if receives {
-                            let link = std::fs::read_link(format!("/proc/{pid}/fd/{number}"));
-                            found.connections.extend(link);
-                        }
-                        found.blocking.push(fd);
-                    }
-                }
-                SocketKind::NotASocket if sockopt::epoll_params(fd.as_fd()).is_ok() => {
-                    epolls.push((number, fd));
-                }
-                _ => {}
-            }
-        }
-        for (number, fd) in epolls {
-            let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}"));
-            let info = info.unwrap_or_default();
-            let mut watched: Vec<String> = info
-                .lines()
-                .filter_map(|line| Some(line.strip_prefix("tfd:")?.trim_start().to_owned()))
-                .collect();
-            watched.sort_unstable();
-            let watches = watched.iter().any(|line| {
-                let target = line.split_whitespace().next();
-                target.is_some_and(|t| t.parse().is_ok_and(|t: i32| connections.contains(&t)))
-            });
-            if watches {
-                found.loops.push(fd);
-                found.watched.insert(watched);
-            }
-        }
-        found
-    }
-
-    /// How many threads at most these keep polling.
-    fn pollers(&self) -> usize {
-        self.watched.len() + self.connections.len()
-    }
-
-    /// Gives what has the window `from` the window `to`; what has another one was given it by its program.
-    fn set(&self, from: Micros, to: Micros, container: &Container) {
-        let mut changed = 0usize;
-        for fd in &self.blocking {
-            if sockopt::busy_poll(fd.as_fd()).is_ok_and(|window| window == from) {
-                changed += usize::from(sockopt::set_busy_poll(fd.as_fd(), to).is_ok());
-            }
-        }
-        for fd in &self.loops {
-            let Ok(mut params) = sockopt::epoll_params(fd.as_fd()) else {
-                continue;
-            };
-            if params.busy_poll == from {
-                params.busy_poll = to;
-                params.budget = super::answer::EPOLL_BUDGET;
-                changed += usize::from(sockopt::set_epoll_params(fd.as_fd(), params).is_ok());
-            }
-        }
-        if changed > 0 {
             tracing::info!(
-                container = container.id,
-                loops = self.watched.len(),
-                connections = self.connections.len(),
-                window = to.0,
-                "windows of {changed} sockets and epoll instances changed, by how many poll at once"
+                sockets = retuned.sockets,
+                epolls = retuned.epolls,
+                "process {}: {}",
+                self.pid,
+                crowded.as_deref().map_or_else(
+                    || format!("its window is {window} µs again: few of its threads poll at once"),
+                    |why| format!("no window for now, since {why}"),
+                )
             );
         }
+        self.crowded = crowded;
+        true
     }
 }
 
-fn blocks(fd: &OwnedFd) -> bool {
+/// As the container is treated, without its window.
+fn off(now: Treatment) -> Treatment {
+    Treatment {
+        window: None,
+        ..now
+    }
+}
+
+impl Count {
+    pub(super) fn epoll(&mut self, number: i32) {
+        self.epolls.push(number);
+    }
+
+    /// `link`: what the descriptor's link says.
+    pub(super) fn socket(&mut self, number: i32, link: &str, socket: BorrowedFd<'_>) {
+        // Datagrams come without a connection, too.
+        let receives = getsockopt(&socket, SockType) == Ok(nix::sys::socket::SockType::Datagram)
+            || getpeername::<SockaddrStorage>(socket.as_raw_fd()).is_ok();
+        if !receives || getsockopt(&socket, AcceptConn).unwrap_or(false) {
+            return;
+        }
+        self.receiving.insert(number.to_string());
+        if blocks(socket) {
+            self.blocking.insert(link.to_owned());
+        }
+    }
+
+    /// The epoll instances that watch a connection. One may have several descriptors (tokio's registry is a copy), which watch the same.
+    fn loops(&self, pid: u32) -> usize {
+        let mut loops = BTreeSet::new();
+        for number in &self.epolls {
+            let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}"));
+            let info = info.unwrap_or_default();
+            let lines = info.lines().filter_map(|line| line.strip_prefix("tfd:"));
+            let mut watched: Vec<String> = lines.map(|line| line.trim().to_owned()).collect();
+            watched.sort_unstable();
+            let connection = |line: &String| {
+                let target = line.split_whitespace().next();
+                target.is_some_and(|t| self.receiving.contains(t))
+            };
+            if watched.iter().any(connection) {
+                loops.insert(watched);
+            }
+        }
+        loops.len()
+    }
+}
+
+fn blocks(fd: BorrowedFd<'_>) -> bool {
     fcntl(fd, FcntlArg::F_GETFL)
         .is_ok_and(|flags| !OFlag::from_bits_retain(flags).contains(OFlag::O_NONBLOCK))
 }
@@ -329,26 +259,143 @@ fn blocks(fd: &OwnedFd) -> bool {
 #[cfg(test)]
 mod tests {
     use std::net::{TcpListener, TcpStream};
-    use std::process::{Command, Stdio};
+    use std::os::fd::{AsFd, OwnedFd};
+    use std::process::{Child, Command, Stdio};
 
+    use kbp_kernel::{Micros, sockopt};
+
+    use super::super::Prefer;
     use super::*;
+
+    const WINDOW: Micros = Micros(20);
+    const NOW: Treatment = Treatment {
+        window: Some(WINDOW),
+        epoll: true,
+        bounded: true,
+        prefer: Prefer {
+            sockets: false,
+            epolls: false,
+        },
+    };
+
+    /// A process with a connection that has two descriptors.
+    struct Holder {
+        child: Child,
+        socket: OwnedFd,
+        _listener: TcpListener,
+    }
+
+    impl Holder {
+        fn new() -> Self {
+            let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
+            let address = listener.local_addr().expect("address");
+            let socket = OwnedFd::from(TcpStream::connect(address).expect("connect"));
+            sockopt::set_busy_poll(socket.as_fd(), WINDOW).expect("window");
+            let copy = || Stdio::from(socket.try_clone().expect("a copy"));
+            let child = Command::new("sleep")
+                .arg("60")
+                .stdin(copy())
+                .stdout(copy())
+                .spawn()
+                .expect("sleep");
+            Self {
+                child,
+                socket,
+                _listener: listener,
+            }
+        }
+
+        fn watched(&self) -> Watched {
+            Watched {
+                pid: self.child.id(),
+                process: PidFd::open(self.child.id()).expect("a pidfd"),
+                worked: Duration::ZERO,
+                counted: None,
+                crowded: None,
+                few: 0,
+            }
+        }
+
+        fn window(&self) -> Micros {
+            sockopt::busy_poll(self.socket.as_fd()).expect("window")
+        }
+    }
+
+    impl Drop for Holder {
+        fn drop(&mut self) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
 
     #[test]
     fn a_connection_with_two_descriptors_is_waited_for_once() {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
-        let stream = TcpStream::connect(listener.local_addr().expect("address")).expect("connect");
-        let copy = stream.try_clone().expect("a copy");
-        let mut child = Command::new("sleep")
-            .arg("60")
-            .stdin(Stdio::from(OwnedFd::from(stream)))
-            .stdout(Stdio::from(OwnedFd::from(copy)))
-            .spawn()
-            .expect("sleep");
-        let process = PidFd::open(child.id()).expect("a pidfd");
-        let found = Found::of(child.id(), &process);
-        let counts = (found.pollers(), found.blocking.len());
-        let _ = child.kill();
-        let _ = child.wait();
-        assert_eq!(counts, (1, 2));
+        let holder = Holder::new();
+        let watched = holder.watched();
+        let (mut count, mut retuned) = (Count::default(), Retuned::default());
+        let crowd = Crowd::default();
+        Walk::new(&crowd).process(
+            watched.pid,
+            &watched.process,
+            None,
+            Some(&mut count),
+            &mut retuned,
+        );
+        assert_eq!((count.blocking.len(), count.receiving.len()), (1, 2));
+        assert_eq!(count.loops(watched.pid), 0);
+        assert_eq!(retuned, Retuned::default(), "it only counts");
+    }
+
+    #[test]
+    fn a_crowded_process_has_no_window_until_few_poll_twice() {
+        let holder = Holder::new();
+        let mut watched = holder.watched();
+        let crowd = Crowd::default();
+        let crowded = || Some("many".to_owned());
+        assert!(!watched.settle(None, NOW, &crowd));
+        assert!(watched.settle(crowded(), NOW, &crowd));
+        assert_eq!(holder.window(), Micros(0));
+        assert!(!watched.settle(None, NOW, &crowd));
+        assert!(!watched.settle(crowded(), NOW, &crowd), "it is still");
+        assert!(!watched.settle(None, NOW, &crowd));
+        assert_eq!(holder.window(), Micros(0));
+        assert!(watched.settle(None, NOW, &crowd));
+        assert_eq!(holder.window(), WINDOW);
+    }
+
+    #[test]
+    fn what_is_no_longer_crowded_has_no_more_than_its_container() {
+        let holder = Holder::new();
+        let mut watched = holder.watched();
+        let crowd = Crowd::default();
+        assert!(watched.settle(Some("many".to_owned()), NOW, &crowd));
+        // Its container's was taken meanwhile.
+        watched.settle(None, off(NOW), &crowd);
+        assert!(watched.settle(None, off(NOW), &crowd));
+        assert_eq!(holder.window(), Micros(0));
+        let mut own = holder.watched();
+        sockopt::set_busy_poll(holder.socket.as_fd(), Micros(33)).expect("its own window");
+        assert!(own.settle(Some("many".to_owned()), NOW, &crowd));
+        assert_eq!(holder.window(), Micros(33));
+    }
+
+    #[test]
+    fn a_crowded_process_is_named_and_forgotten_when_it_is_gone() {
+        let holder = Holder::new();
+        let mut pollers = Pollers::default();
+        let mut watched = holder.watched();
+        let pid = watched.pid;
+        watched.settle(Some("many".to_owned()), NOW, &Crowd::default());
+        pollers.processes.push(watched);
+        assert!(pollers.is_crowded(pid) && pollers.are_all_crowded());
+        assert_eq!(pollers.reason().as_deref(), Some("many"));
+        let other = Holder::new();
+        pollers.processes.push(other.watched());
+        assert!(!pollers.are_all_crowded());
+        let crowd = Crowd::default();
+        assert!(!pollers.look(NOW, &crowd, true), "nobody works");
+        drop(holder);
+        assert!(pollers.look(NOW, &crowd, true));
+        assert_eq!((pollers.reason(), pollers.ids().count()), (None, 1));
     }
 }

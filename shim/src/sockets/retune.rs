@@ -1,11 +1,12 @@
-//! Gives sockets and epoll instances that are there already another window.
+//! Looks through the sockets and epoll instances that processes have, gives them another window, and counts those that poll.
 //!
 //! What a program has set itself is left alone, as when a socket is made: only what has the old window gets the new one. An epoll
 //! instance of the notifier's is known by its budget, which stays when the window goes; one that was made while there was no window has
-//! the kernel's, and gets a place as a new one would.
+//! the kernel's, and gets a place as a new one would. A window of the program's own that is the same as the pod's cannot be told from
+//! one, nor can a socket that it has switched off from one that never had a window.
 
 use std::fs;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use kbp_kernel::Micros;
@@ -15,6 +16,7 @@ use kbp_kernel::sockopt::{self, EpollParams, SocketKind};
 use super::Treatment;
 use super::answer::{EPOLL_BUDGET, Node};
 use super::crowd::Crowd;
+use super::pollers::Count;
 
 /// Longest that one round may take. A pod with more is retuned in part: what is missing keeps the old window.
 const ROUND: Duration = Duration::from_millis(500);
@@ -37,41 +39,74 @@ pub(super) fn retune(
     to: Treatment,
     crowd: &Crowd,
 ) -> Retuned {
-    let round = Round {
-        node: Node::read(),
-        from: from.unwrap_or(Micros(0)),
-        to,
-        window: to.window.unwrap_or(Micros(0)),
-        crowd,
-        until: Instant::now() + ROUND,
-    };
+    let walk = Walk::new(crowd);
+    let change = Change::new(from, to);
     let mut retuned = Retuned::default();
-    for pid in processes {
-        // Whoever is gone has nothing.
-        if round.process(*pid, &mut retuned).is_none() && Instant::now() >= round.until {
-            retuned.cut_short = true;
+    // A connection that is accepted, or a call that is answered, while the first round is under way may still get the old window.
+    for _ in 0..2 {
+        let before = retuned;
+        for pid in processes {
+            // Whoever is gone has nothing.
+            if let Ok(process) = PidFd::open(*pid) {
+                walk.process(*pid, &process, Some(&change), None, &mut retuned);
+            }
+        }
+        if retuned == before || retuned.cut_short {
             break;
         }
     }
     retuned
 }
 
-struct Round<'a> {
-    node: Node,
+/// What had the one window gets the other.
+pub(super) struct Change {
     from: Micros,
     to: Treatment,
     window: Micros,
+}
+
+impl Change {
+    pub(super) fn new(from: Option<Micros>, to: Treatment) -> Self {
+        Self {
+            from: from.unwrap_or(Micros(0)),
+            to,
+            window: to.window.unwrap_or(Micros(0)),
+        }
+    }
+}
+
+/// A round through processes.
+pub(super) struct Walk<'a> {
+    node: Node,
     crowd: &'a Crowd,
     until: Instant,
 }
 
-impl Round<'_> {
-    /// None: it is gone, or the time is up.
-    fn process(&self, pid: u32, retuned: &mut Retuned) -> Option<()> {
-        let process = PidFd::open(pid).ok()?;
-        for entry in fs::read_dir(format!("/proc/{pid}/fd")).ok()?.flatten() {
+impl<'a> Walk<'a> {
+    pub(super) fn new(crowd: &'a Crowd) -> Self {
+        Self {
+            node: Node::read(),
+            crowd,
+            until: Instant::now() + ROUND,
+        }
+    }
+
+    /// Looks through what a process has.
+    pub(super) fn process(
+        &self,
+        pid: u32,
+        process: &PidFd,
+        change: Option<&Change>,
+        mut count: Option<&mut Count>,
+        retuned: &mut Retuned,
+    ) {
+        let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else {
+            return;
+        };
+        for entry in entries.flatten() {
             if Instant::now() >= self.until {
-                return None;
+                retuned.cut_short = true;
+                return;
             }
             // The link tells what it is without a copy of it.
             let Ok(target) = fs::read_link(entry.path()) else {
@@ -83,40 +118,48 @@ impl Round<'_> {
                 continue;
             }
             let number = entry.file_name().to_str().and_then(|n| n.parse().ok());
-            let Some(fd) = number.and_then(|number| process.open_fd(number)) else {
+            let Some((number, fd)) = number.and_then(|n| Some((n, process.open_fd(n)?))) else {
                 continue;
             };
-            match is_epoll {
-                true => retuned.epolls += u64::from(self.epoll(pid, fd.as_fd())),
-                false => retuned.sockets += u64::from(self.socket(fd.as_fd())),
+            let fd = fd.as_fd();
+            if is_epoll {
+                if let Some(count) = count.as_deref_mut() {
+                    count.epoll(number);
+                }
+                retuned.epolls += u64::from(change.is_some_and(|c| self.epoll(c, pid, fd)));
+            } else if sockopt::kind(fd) == SocketKind::Inet {
+                if let Some(count) = count.as_deref_mut() {
+                    count.socket(number, &target, fd);
+                }
+                retuned.sockets += u64::from(change.is_some_and(|c| self.socket(c, fd)));
             }
         }
-        Some(())
     }
 
-    fn socket(&self, socket: std::os::fd::BorrowedFd<'_>) -> bool {
+    fn socket(&self, change: &Change, socket: BorrowedFd<'_>) -> bool {
         let ours = |window| {
-            window == self.from || (self.from == Micros(0) && window == self.node.default_window)
+            window == change.from
+                || (change.from == Micros(0) && window == self.node.default_window)
         };
-        sockopt::kind(socket) == SocketKind::Inet
-            && sockopt::busy_poll(socket).is_ok_and(ours)
-            && sockopt::set_busy_poll(socket, self.window).is_ok()
+        sockopt::busy_poll(socket).is_ok_and(ours)
+            && sockopt::set_busy_poll(socket, change.window).is_ok()
     }
 
-    fn epoll(&self, pid: u32, epoll: std::os::fd::BorrowedFd<'_>) -> bool {
+    fn epoll(&self, change: &Change, pid: u32, epoll: BorrowedFd<'_>) -> bool {
         let Ok(params) = sockopt::epoll_params(epoll) else {
             return false;
         };
+        let to = change.to;
         let marked = params.budget == EPOLL_BUDGET;
-        let fresh = params.budget == 0 && self.window > Micros(0) && self.to.epoll;
-        let ours = params.busy_poll == self.from
-            && (marked || (fresh && (!self.to.bounded || self.crowd.admits(pid))));
+        let fresh = params.budget == 0 && change.window > Micros(0) && to.epoll;
+        let ours = params.busy_poll == change.from
+            && (marked || (fresh && (!to.bounded || self.crowd.admits(pid))));
         let params = EpollParams {
-            busy_poll: self.window,
+            busy_poll: change.window,
             budget: EPOLL_BUDGET,
             prefer: match marked {
                 true => params.prefer,
-                false => self.to.prefer.epolls,
+                false => to.prefer.epolls,
             },
         };
         ours && sockopt::set_epoll_params(epoll, params).is_ok()

@@ -58,14 +58,19 @@ impl Watch {
             threads: BTreeMap::new(),
             at: Instant::now(),
         };
-        watch.look(processes, None, 1);
+        watch.look(processes, None, |_| true);
         watch
     }
 
     /// Looks again, at threads whose sockets have this window.
     ///
-    /// `cpus`: how many they may use.
-    pub fn look(&mut self, processes: &[u32], window: Option<Micros>, cpus: usize) -> Look {
+    /// `polls`: whether a process has it, too. One that has none waits for no other reason than on any node.
+    pub fn look(
+        &mut self,
+        processes: &[u32],
+        window: Option<Micros>,
+        polls: impl Fn(u32) -> bool,
+    ) -> Look {
         let seconds = self.at.elapsed().as_secs_f64();
         self.at = Instant::now();
         let mut threads = BTreeMap::new();
@@ -85,18 +90,18 @@ impl Watch {
             };
             threads.insert((pid, tid), (turns, switches));
             if let Some((old_turns, old_switches)) = before {
-                steps.push(Step::between(
-                    (old_turns, old_switches),
-                    (&turns, &switches),
-                    seconds,
-                ));
+                let step = Step::between((old_turns, old_switches), (&turns, &switches), seconds);
+                let judged = step.ran >= BUSY && window.is_some() && polls(pid);
+                // A thread that cannot be asked is gone.
+                let cpus = judged.then(|| process::affinity_count(tid).ok()).flatten();
+                steps.push((step, cpus));
             }
         }
         self.threads = threads;
         Look {
-            cpus: steps.iter().map(|s| s.ran).sum(),
-            turns: steps.iter().map(|s| s.turns).sum(),
-            harm: window.and_then(|window| harm(&steps, window, cpus)),
+            cpus: steps.iter().map(|(s, _)| s.ran).sum(),
+            turns: steps.iter().map(|(s, _)| s.turns).sum(),
+            harm: window.and_then(|window| harm(&steps, window)),
         }
     }
 }
@@ -150,11 +155,15 @@ impl Step {
     }
 }
 
-fn harm(steps: &[Step], window: Micros, cpus: usize) -> Option<String> {
-    let all: f64 = steps.iter().map(|s| s.ran).sum();
+/// Judges the steps of threads that have a window, by the CPUs that each may use; None: it has none.
+fn harm(steps: &[(Step, Option<usize>)], window: Micros) -> Option<String> {
+    let all: f64 = steps.iter().map(|(s, _)| s.ran).sum();
     // The kernel moves a thread that always wants a CPU to another one in time, and leaves one that sleeps.
-    let stays = |s: &Step| cpus == 1 || s.ran + s.waited < STAYS;
-    for step in steps.iter().filter(|s| s.ran >= BUSY && stays(s)) {
+    let stays = |s: &Step, cpus: usize| cpus == 1 || s.ran + s.waited < STAYS;
+    for (step, cpus) in steps {
+        if step.ran < BUSY || !cpus.is_some_and(|cpus| stays(step, cpus)) {
+            continue;
+        }
         if step.waits_for_windows(window) {
             return Some(format!(
                 "a thread waits {:.0} % of its time for a CPU on which others poll",
@@ -176,6 +185,18 @@ fn harm(steps: &[Step], window: Micros, cpus: usize) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn judged(steps: &[Step], window: Micros, cpus: usize) -> Option<String> {
+        let steps: Vec<_> = steps.iter().map(|s| (*s, Some(cpus))).collect();
+        harm(&steps, window)
+    }
+
+    #[test]
+    fn one_that_has_no_window_is_not_told() {
+        let pair = step(0.5, 0.5, 18_000.0, 0.0);
+        assert_eq!(harm(&[(pair, None)], SHORT), None);
+        assert!(harm(&[(pair, None), (pair, Some(1))], SHORT).is_some());
+    }
 
     const LONG: Micros = kbp_poller::window::LONG;
 
@@ -200,7 +221,7 @@ mod tests {
             (step(0.5, 0.45, 4_000.0, 0.0), LONG),
         ] {
             assert!(
-                harm(&[step], window, 1).is_some_and(|h| h.contains("waits")),
+                judged(&[step], window, 1).is_some_and(|h| h.contains("waits")),
                 "{step:?}"
             );
         }
@@ -211,18 +232,18 @@ mod tests {
         let pair = step(0.5, 0.5, 18_000.0, 0.0);
         let preempted = step(0.5, 0.5, 0.0, 18_000.0);
         for step in [pair, preempted] {
-            assert_eq!(harm(&[step], SHORT, 2), None, "it is moved apart");
+            assert_eq!(judged(&[step], SHORT, 2), None, "it is moved apart");
         }
         let paced = step(0.03, 0.022, 1_000.0, 0.0);
-        assert!(harm(&[paced], SHORT, 2).is_some());
+        assert!(judged(&[paced], SHORT, 2).is_some());
     }
 
     #[test]
     fn one_that_others_keep_forcing_off_is_told_unless_they_are_its_own() {
         let poller = step(0.9, 0.08, 0.0, 4_000.0);
-        assert!(harm(&[poller], LONG, 1).is_some_and(|h| h.contains("4000 times")));
+        assert!(judged(&[poller], LONG, 1).is_some_and(|h| h.contains("4000 times")));
         let sibling = step(0.07, 0.0, 4_000.0, 0.0);
-        assert_eq!(harm(&[poller, sibling], LONG, 1), None);
+        assert_eq!(judged(&[poller, sibling], LONG, 1), None);
     }
 
     #[test]
@@ -243,13 +264,13 @@ mod tests {
             ),
             ("idle", step(0.0, 0.0, 1.0, 0.0)),
         ] {
-            assert_eq!(harm(&[step], LONG, 1), None, "{what}");
+            assert_eq!(judged(&[step], LONG, 1), None, "{what}");
         }
         for step in [
             step(0.5, 0.5, 100.0, 250.0),
             step(0.97, 0.025, 1_000.0, 20.0),
         ] {
-            assert_eq!(harm(&[step], SHORT, 1), None, "{step:?}");
+            assert_eq!(judged(&[step], SHORT, 1), None, "{step:?}");
         }
     }
 
@@ -265,7 +286,7 @@ mod tests {
         let mut watch = Watch::new(&own);
         let until = Instant::now() + Duration::from_secs(20);
         loop {
-            let look = watch.look(&own, Some(SHORT), 1);
+            let look = watch.look(&own, Some(SHORT), |_| true);
             if look.cpus > 0.0 {
                 break;
             }
@@ -274,7 +295,7 @@ mod tests {
         }
         drop(tell);
         busy.join().expect("thread");
-        let look = Watch::new(&[]).look(&[], Some(SHORT), 1);
+        let look = Watch::new(&[]).look(&[], Some(SHORT), |_| true);
         assert_eq!((look.cpus, look.turns, look.harm), (0.0, 0.0, None));
     }
 }
