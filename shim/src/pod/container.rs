@@ -121,22 +121,8 @@ impl Container {
 
     /// What it has, for a person: its processes too.
     pub(super) fn shown(&self) -> Window {
-        let (Some(micros), Some(crowded)) = (self.window.micros, self.pollers.reason()) else {
-            return self.window.clone();
-        };
-        match self.pollers.are_all_crowded() {
-            true => Window {
-                micros: None,
-                reason: format!("auto: off for now, since {crowded}"),
-            },
-            false => Window {
-                micros: Some(micros),
-                reason: format!(
-                    "{}; off for now for some processes, since {crowded}",
-                    self.window.reason
-                ),
-            },
-        }
+        let crowded = self.pollers.reason();
+        shown(&self.window, crowded, self.pollers.are_all_crowded())
     }
 
     /// Its processes; the first one, and those that have made something that polls, where it shares the shim's own cgroup.
@@ -165,4 +151,48 @@ pub(super) fn described(window: &Window) -> String {
     let micros = |micros: Micros| format!("{micros} µs");
     let micros = window.micros.map_or_else(|| "off".to_owned(), micros);
     format!("{micros} ({})", window.reason)
+}
+
+/// `crowded`: why some processes have none, or `all` of them.
+fn shown(window: &Window, crowded: Option<String>, all: bool) -> Window {
+    let (Some(_), Some(crowded)) = (window.micros, crowded) else {
+        return window.clone();
+    };
+    match all {
+        true => Window {
+            micros: None,
+            reason: format!("auto: off for now, since {crowded}"),
+        },
+        false => Window {
+            micros: window.micros,
+            reason: format!(
+                "{}; off for now for some processes, since {crowded}",
+                window.reason
+            ),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processes_without_a_window_are_told_where_the_container_has_one() {
+        let window = |micros: Option<u32>, reason: &str| Window {
+            micros: micros.map(Micros),
+            reason: reason.to_owned(),
+        };
+        let many = || Some("many".to_owned());
+        let has = window(Some(20), "auto: shared");
+        let off = window(None, "auto: a quota");
+        assert_eq!(shown(&has, None, false), has);
+        assert_eq!(shown(&off, many(), true), off);
+        assert_eq!(
+            shown(&has, many(), true),
+            window(None, "auto: off for now, since many")
+        );
+        let some = "auto: shared; off for now for some processes, since many";
+        assert_eq!(shown(&has, many(), false), window(Some(20), some));
+    }
 }

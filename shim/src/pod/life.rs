@@ -2,43 +2,35 @@
 //!
 //! Every method may block, on files, the kernel or the lock, and belongs on a thread for that.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api;
-use kbp_kernel::netns::Netns;
 use kbp_kernel::process::PidFd;
 use kbp_poller::Error;
-use kbp_poller::attach::AttachRequest;
 use kbp_poller::config::Config;
-use kbp_poller::policy::BusyPoll;
 use kbp_poller::polled::{PolledOutcome, attach};
-use kbp_poller::state::{Degraded, Part, SocketCounters};
+use kbp_poller::state::{Degraded, Part};
 use kbp_poller::window::Window;
 use tokio::sync::mpsc;
 
-use super::adapt::{Adaptive, Pace};
+use super::adapt::Adaptive;
 use super::asked::{Asked, oci_runtime};
 use super::container::{Container, described};
+use super::inner::{Founded, Inner, OWN_NETWORK, of_container};
 use super::oci_runtime::OciRuntime;
-use super::report::{Bare, Report, Share, Sockets};
+use super::report::{Bare, Report};
 use super::treat::{self, HOST_NETWORK, Means, Support};
 use super::{Context, Refusal};
 use crate::sockets::{Event, Notifier, Pollers};
 use crate::spec::{CpuLimits, Network, Spec};
 
-/// Looking at what other pods have takes reading their state files.
-const FOLLOW_EVERY: Duration = Duration::from_secs(10);
-
 const NO_INTERFACE: &str = "there is no interface in the pod's network namespace";
 
 /// Its processes come back with the filters they had, or none.
 const RESTORED: &str = "the container is restored from a checkpoint";
-
-const OWN_NETWORK: &str = "it has a network of its own, and kbp looks after that of the pod's first container; give it the first one's network, or a pod of its own";
 
 /// Reads the node's settings.
 pub(super) type LoadConfig = Box<dyn Fn() -> kbp_poller::Result<Config> + Send + Sync>;
@@ -53,29 +45,6 @@ pub(super) struct Pod {
     /// Read where the lock may be held by work that hangs.
     required: AtomicBool,
     inner: Mutex<Inner>,
-}
-
-#[derive(Debug, Default)]
-struct Inner {
-    /// Decided with the first container.
-    founded: Option<Founded>,
-    containers: BTreeMap<String, Container>,
-    /// What the OCI runtimes of this pod can do, by their binary.
-    runtimes: BTreeMap<String, OciRuntime>,
-    notifier: Option<Notifier>,
-    report: Option<Report>,
-    /// When the windows were last compared with what other pods have.
-    followed: Option<Instant>,
-    pace: Pace,
-}
-
-/// What the first container decided for all.
-#[derive(Debug)]
-struct Founded {
-    asked: Asked,
-    /// The first container: its network is the pod's.
-    first: String,
-    support: Option<Support>,
 }
 
 /// A container that may be created.
@@ -471,129 +440,6 @@ impl Pod {
     }
 }
 
-impl Inner {
-    /// Decides the windows anew where they depend on who else is there: of containers with a cpuset, which another pod may have
-    /// come to share or left. It is called when calls were answered and while the pod does anything; whether it was time.
-    fn follow(&mut self, context: &Context) -> bool {
-        let (Some(founded), Some(notifier)) = (&self.founded, &self.notifier) else {
-            return false;
-        };
-        let lately = |at: &Instant| at.elapsed() < FOLLOW_EVERY;
-        if founded.asked.policy.busy_poll != BusyPoll::Auto
-            || self.followed.as_ref().is_some_and(lately)
-        {
-            return false;
-        }
-        self.followed = Some(Instant::now());
-        for (id, container) in &mut self.containers {
-            if container.treatment.is_none() || container.limits.cpus.is_none() {
-                continue;
-            }
-            let window = treat::window(&founded.asked, &container.limits, context);
-            container.decide(id, window, Some(notifier));
-        }
-        true
-    }
-
-    /// Looks whether windows hurt; after how long to look again, None: when something happens.
-    fn adapt(&mut self, now: Instant) -> Option<Duration> {
-        let (Some(founded), Some(notifier)) = (&self.founded, &self.notifier) else {
-            return None;
-        };
-        if founded.asked.policy.busy_poll != BusyPoll::Auto {
-            return None;
-        }
-        for noted in notifier.noted() {
-            if let Some(container) = self.containers.get_mut(noted.container()) {
-                container.pollers.add(noted);
-            }
-        }
-        let (mut cpus, mut changed, mut any) = (0.0, false, false);
-        for (id, container) in &mut self.containers {
-            if let Some(looked) = container.look(id, notifier, now) {
-                any = true;
-                cpus += looked.cpus;
-                changed |= looked.changed;
-            }
-        }
-        if changed {
-            self.tell_sockets();
-        }
-        let adaptive = self.containers.values().map(|c| &c.adaptive);
-        any.then(|| self.pace.next(adaptive, cpus, now))
-    }
-
-    /// Has another container stand for the pod's network in place of `gone`, unless the pod is attached already.
-    fn replace_first(&mut self, gone: &str) -> Option<String> {
-        let founded = self.founded.as_mut()?;
-        if founded.first != gone || matches!(self.report, Some(Report::Attached(_))) {
-            return None;
-        }
-        // One that was given a network of its own only when there is no other: that is the pod's now.
-        let is_apart = |c: &Container| c.degraded.iter().any(|d| d.reason == OWN_NETWORK);
-        let (id, container) = self
-            .containers
-            .iter_mut()
-            .filter(|(_, c)| !c.host_network)
-            .min_by_key(|(_, c)| is_apart(c))?;
-        container.degraded.retain(|d| d.reason != OWN_NETWORK);
-        founded.first.clone_from(id);
-        Some(id.clone())
-    }
-
-    fn sockets(&self) -> Sockets {
-        let windows: Vec<Window> = self.containers.values().map(Container::shown).collect();
-        let shares: Vec<Share<'_>> = self
-            .containers
-            .iter()
-            .zip(&windows)
-            .map(|((id, c), window)| Share {
-                id,
-                sandbox: c.sandbox,
-                window,
-                cpuset: c.limits.cpuset(),
-            })
-            .collect();
-        Sockets::of(&shares)
-    }
-
-    fn degraded(&self) -> Vec<Degraded> {
-        self.containers
-            .iter()
-            .flat_map(|(id, c)| c.degraded.iter().map(|d| of_container(id, d)))
-            .collect()
-    }
-
-    fn tell_sockets(&mut self) {
-        let sockets = self.sockets();
-        let counters = self
-            .notifier
-            .as_ref()
-            .map_or_else(SocketCounters::default, Notifier::counters);
-        if let Some(report) = &mut self.report {
-            report.set_sockets(&sockets, counters);
-        }
-    }
-
-    fn request(&self, context: &Context, pid: u32) -> Result<AttachRequest, Refusal> {
-        let founded = self
-            .founded
-            .as_ref()
-            .ok_or_else(|| Refusal::Failed("kbp: no container".to_owned()))?;
-        let sockets = self.sockets();
-        Ok(AttachRequest {
-            id: context.pod_id.clone(),
-            namespace: context.namespace.clone(),
-            netns: Netns::of_process(pid).map_err(Error::from)?,
-            policy: founded.asked.policy,
-            cpuset: sockets.cpuset,
-            window: sockets.window,
-            degraded: self.degraded(),
-            config: founded.asked.config.clone(),
-        })
-    }
-}
-
 /// Puts a bundle back as it was.
 pub(super) fn restore(edited: Option<&Spec>) {
     if let Some(spec) = edited
@@ -610,11 +456,4 @@ fn required_missing(part: Part, reason: &str) -> Refusal {
         reason: reason.to_owned(),
     }
     .into()
-}
-
-fn of_container(id: &str, degraded: &Degraded) -> Degraded {
-    Degraded {
-        part: degraded.part,
-        reason: format!("container {id}: {}", degraded.reason),
-    }
 }

@@ -15,6 +15,7 @@ mod cleanup;
 mod container;
 mod decorator;
 mod features;
+mod inner;
 mod life;
 mod oci_runtime;
 mod report;

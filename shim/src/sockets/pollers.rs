@@ -103,7 +103,7 @@ impl Pollers {
         let first = crowded.next()?;
         Some(match crowded.count() {
             0 => first.to_owned(),
-            more => format!("{first}, and {more} more processes"),
+            more => format!("{first}, and so of {more} more"),
         })
     }
 
