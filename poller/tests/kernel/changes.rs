@@ -1,7 +1,6 @@
 //! What may happen to the links of an attached pod, and how each is known to be mended or told.
 //!
-//! The attachments have no worker. Without one their engine does nothing by the clock: no leases, no counters, no second tries. So what it
-//! notices it notices by an event, however long a test waits for it.
+//! The attachments have an idle worker, without which the host end would need no NAPI and could be as it is.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::process::Command;
@@ -222,7 +221,9 @@ impl Scene {
         let are_set = ends
             .into_iter()
             .all(|(netns, name)| ethtool::features(netns, name).ok() == Some(pollable));
-        are_set && state.degraded.is_empty()
+        // The worker may be another matter: one that polls through sockets needs addresses, and a link that was moved has lost its.
+        let mut degraded = state.degraded.iter();
+        are_set && !degraded.any(|d| d.part == Part::PollableVeth)
     }
 
     fn wait_whole(&self, what: &str) {
