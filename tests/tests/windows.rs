@@ -5,7 +5,7 @@ use std::time::Duration;
 use kbp_tests::binaries::kbp_binary;
 use kbp_tests::lab::{LIMIT, join_netns, on};
 use kbp_tests::sockets::Sockets;
-use kbp_tests::{Arm, Lab, Pod, command, fixtures, wait_until};
+use kbp_tests::{Arm, Lab, Pod, Tasks, command, fixtures, wait_until};
 
 /// For what has to be seen on a machine that may be busy with other things.
 const SEEN: Duration = Duration::from_secs(90);
@@ -118,6 +118,19 @@ fn threads_that_would_poll_at_once_lose_their_windows_until_they_are_few() {
         assert_eq!(kept, vec![ASKED; 4], "a listening socket and three more");
         let state = lab.state("asked").expect("state");
         assert_eq!(state.busy_poll_us, Some(ASKED), "{state:#?}");
+
+        // Its container's window goes and comes back, and this one's does not come with it.
+        let update = |quota: i64| {
+            let cpu = serde_json::json!({ "cpu": { "quota": quota, "period": 100_000 } });
+            let tasks = Tasks::of(&lab.containerd);
+            tasks.update("server", &cpu).expect("update");
+            lab.state("server").expect("state").busy_poll_reason
+        };
+        let tight = update(50_000);
+        assert!(tight.contains("quota of 0.5"), "{tight}");
+        let wide = update(-1);
+        assert!(wide.contains("3 blocking connections"), "{wide}");
+        assert!(sockets(lab, "server").all_poll_for(0), "{wide}");
 
         for id in ["to-asked", "to-server"] {
             lab.containerd.remove(id).expect("remove");

@@ -24,6 +24,8 @@ use super::retune::{Change, Retuned, Walk, retune};
 const EVERY: Duration = Duration::from_millis(500);
 /// Between two counts in the time that one took: with many descriptors it is not cheap.
 const REST: u32 = 20;
+/// Time after which no further process is counted in one look: whoever wants the pod's lock waits.
+const AT_ONCE: Duration = Duration::from_millis(200);
 /// A process that has run less than this since the last count does nothing.
 const WORK: Duration = Duration::from_millis(5);
 /// Processes of a container that are looked at; further ones are left as they are.
@@ -110,12 +112,13 @@ impl Pollers {
     /// Counts again where it is time, and takes windows away or gives those of the container: whether any process has come to or
     /// from having one. `soon`: also what was counted lately.
     pub(super) fn look(&mut self, now: Treatment, crowd: &Crowd, soon: bool) -> bool {
-        let mut changed = false;
+        let (mut changed, start) = (false, Instant::now());
         self.processes.retain_mut(|watched| {
             // Signal 0 only asks.
             let lives = watched.process.signal(0).unwrap_or(false);
             changed |= match lives {
-                true => watched.look(now, crowd, soon),
+                // It is the turn of the rest the next time, when these were counted lately.
+                true => start.elapsed() < AT_ONCE && watched.look(now, crowd, soon),
                 false => watched.crowded.is_some(),
             };
             lives
