@@ -6,6 +6,7 @@ use kbp_tests::binaries::kbp_binary;
 use kbp_tests::lab::{LIMIT, join_netns, on};
 use kbp_tests::sockets::Sockets;
 use kbp_tests::{Arm, Lab, Pod, Tasks, command, fixtures, wait_until};
+use serde_json::Value;
 
 /// For what has to be seen on a machine that may be busy with other things.
 const SEEN: Duration = Duration::from_secs(90);
@@ -18,6 +19,12 @@ fn with_echo(lab: &Lab<'_>) {
 
 /// Starts a container whose only CPU is the first one; `busy_poll`: what it asks for.
 fn start_on_one_cpu(lab: &Lab<'_>, pod: &Pod<'_>, id: &str, words: &[&str], busy_poll: &str) {
+    let spec = on_one_cpu(lab, pod, id, words, busy_poll);
+    let run = lab.container_of_spec(id, &spec);
+    lab.containerd.start_container(run).expect("start");
+}
+
+fn on_one_cpu(lab: &Lab<'_>, pod: &Pod<'_>, id: &str, words: &[&str], busy_poll: &str) -> Value {
     let command: Vec<&str> = ["/usr/bin/echoes"].iter().chain(words).copied().collect();
     let mut spec = lab.spec(id, &command).expect("spec");
     join_netns(&mut spec, &pod.netns.path());
@@ -25,8 +32,7 @@ fn start_on_one_cpu(lab: &Lab<'_>, pod: &Pod<'_>, id: &str, words: &[&str], busy
     let first = online.iter().next().expect("a CPU").to_string();
     spec["linux"]["resources"]["cpu"] = serde_json::json!({ "cpus": first });
     spec["annotations"]["kbp.io/busy-poll"] = busy_poll.into();
-    let run = lab.container_of_spec(id, &spec);
-    lab.containerd.start_container(run).expect("start");
+    spec
 }
 
 /// What `kbpctl status --verbose` says, on one line.
@@ -148,5 +154,50 @@ fn threads_that_would_poll_at_once_lose_their_windows_until_they_are_few() {
         for id in ["again", "server", "asked"] {
             lab.containerd.remove(id).expect("remove");
         }
+    });
+}
+
+/// Two containers of a pod: the one whose threads are too many loses its window alone, and takes what is known of it along when it goes.
+#[test]
+fn another_container_of_the_pod_keeps_its_window() {
+    on(Arm::KBP, |lab| {
+        with_echo(lab);
+        let (pod, peer) = (lab.pod("pod"), lab.pod("peer"));
+        for (id, kind, words) in [
+            ("kept", "sandbox", ["epoll", "7001"]),
+            ("many", "container", ["threads", "7000"]),
+        ] {
+            let mut spec = on_one_cpu(lab, &pod, id, &words, "auto");
+            spec["annotations"]["io.kubernetes.cri.sandbox-id"] = "kept".into();
+            spec["annotations"]["io.kubernetes.cri.container-type"] = kind.into();
+            let run = lab.container_of_spec(id, &spec);
+            lab.containerd.start_container(run).expect("start");
+            let port = words[1].parse().expect("port");
+            lab.wait_for_port(lab.containerd.pid(id).expect("pid"), port);
+        }
+        let before = windows(lab, "kept");
+        assert!(before.iter().all(|w| *w > 0), "{before:?}");
+        let words = ["/usr/bin/echoes", "talk", &pod.ip(), "7000", "3"];
+        let run = lab.container("talk", words).netns(&peer.netns.path());
+        let run = run.annotation("kbp.io/busy-poll", "off");
+        lab.containerd.start_container(run).expect("start");
+        let told = |reason: &str| {
+            wait_until("the reason", SEEN, || {
+                let told = lab.state("kept").expect("state").busy_poll_reason;
+                match told.contains(reason) {
+                    true => Ok(()),
+                    false => Err(told),
+                }
+            })
+            .unwrap_or_else(|error| panic!("{error}\n{}", lab.containerd.log()));
+        };
+        told("would poll at once on one CPU");
+        assert!(sockets(lab, "many").all_poll_for(0));
+        assert_eq!(windows(lab, "kept"), before);
+        lab.containerd.remove("talk").expect("remove");
+        lab.containerd.remove("many").expect("remove");
+        told("auto: the pod");
+        assert_eq!(windows(lab, "kept"), before);
+        lab.containerd.remove("kept").expect("remove");
     });
 }
