@@ -35,6 +35,10 @@ pub(crate) fn add(
     config.dns()?;
     let attachment = Attachment::new(&config.name, &call.container_id, &call.ifname);
     if options.mode == Mode::Tune {
+        // DEL gives back what the config leased in another mode, and would refuse what cannot be asked.
+        if config.wants_ipam() {
+            Ipam::find(config, call)?;
+        }
         return tune(call, config, &options, &attachment, deliver);
     }
     let ipam = Ipam::find(config, call)?;
