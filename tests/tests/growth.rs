@@ -12,6 +12,8 @@ kbp_tests::scenarios!(on [stock_on_machine, stock_on_v2, kbp_on_machine, kbp_on_
 
 /// What the first rounds bring may stay: buffers, threads, the allocator's arenas.
 const FIRST: u32 = 50;
+/// Threads for blocking work, which live for a second after it; the shim looks at its pod now and then. A thread left by each life would be dozens.
+const PASSING_THREADS: usize = 3;
 /// By how much the resident set may differ afterwards, in KiB: single pages come and go with what ran last.
 const TOLERANCE_KIB: u64 = 512;
 /// The same after many at a time, which leave a hole here and there in the heap.
@@ -131,7 +133,7 @@ fn one_shim_for_all(lab: &Lab<'_>) {
     if lab.arm.runtime == Runtime::Kbp {
         for now in [after, once, twice] {
             assert!(
-                now.fds <= before.fds && now.threads <= before.threads,
+                now.fds <= before.fds && now.threads <= before.threads + PASSING_THREADS,
                 "before {before:?}, now {now:?}"
             );
         }
