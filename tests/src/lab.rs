@@ -240,6 +240,10 @@ pub fn on_with(arm: Arm, mut settings: Settings, test: impl FnOnce(&Lab<'_>)) {
     let containerd =
         Containerd::start_with(&sandbox, arm.generation, settings).expect("containerd");
     let before = Leftovers::of(&sandbox).expect("state before the test");
+    let before = match arm.runtime {
+        Runtime::Kbp => before,
+        Runtime::Stock => before.bearing_with_shim_sockets(),
+    };
     let lab = Lab {
         sandbox: &sandbox,
         containerd,
