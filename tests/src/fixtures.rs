@@ -20,6 +20,11 @@ pub fn ways() -> Result<PathBuf> {
     c_program("ways")
 }
 
+/// What a pod's sandbox container runs, in C, static.
+pub fn pause() -> Result<PathBuf> {
+    c_program("pause")
+}
+
 /// Says its effective user, in C, static.
 pub fn effective_uid() -> Result<PathBuf> {
     c_program("effective-uid")

@@ -105,9 +105,17 @@ fn on_network(
         networks,
         socket: sandbox.inside("/run/containerd/containerd.sock"),
     };
-    for (reference, command) in [
-        (PAUSE, ["sleep", "1000000"].as_slice()),
-        (ECHO, ["/usr/bin/server", "epoll", "7000"].as_slice()),
+    let pause = Rootfs::empty(&dir.join("pause")).expect("rootfs");
+    pause
+        .binary(&fixtures::pause().expect("pause"), "/pause")
+        .expect("copy");
+    for (rootfs, reference, command) in [
+        (&pause, PAUSE, ["/pause"].as_slice()),
+        (
+            &rootfs,
+            ECHO,
+            ["/usr/bin/server", "epoll", "7000"].as_slice(),
+        ),
     ] {
         let archive = rootfs
             .archive(reference, command, dir)
