@@ -396,22 +396,24 @@ async fn memory_that_runs_out_is_told(arm: Arm) {
     assert_eq!(shim.exit_status("c", "").await, 128 + KILL);
     world.wait_for("/tasks/exit").await;
     world.wait_for("/tasks/oom").await;
-    let mut topics = world.topics();
+    // Once and before the end, which the stock shims do not promise: they tell it twice now and then.
+    let topics = || {
+        let mut topics = world.topics();
+        if !arm.is_kbp() {
+            topics.sort();
+            topics.dedup();
+        }
+        topics
+    };
     let mut expected = ["/tasks/create", "/tasks/start", "/tasks/oom", "/tasks/exit"];
-    // Before the end, which the stock shims do not promise.
     if !arm.is_kbp() {
-        topics.sort();
         expected.sort_unstable();
     }
-    assert_eq!(topics, expected);
+    assert_eq!(topics(), expected);
     shim.remove("c", "").await.expect("delete");
     world.wait_for("/tasks/delete").await;
-    assert_eq!(
-        world.topics().len(),
-        5,
-        "the cgroup's removal is no OOM: {:?}",
-        world.topics()
-    );
+    let all = topics();
+    assert_eq!(all.len(), 5, "the cgroup's removal is no OOM: {all:?}");
 }
 
 async fn what_cannot_be_done_is_refused_with_its_code(arm: Arm) {
