@@ -1,5 +1,6 @@
 //! `auto`'s window is taken away while it hurts, and `kbpctl status` says why; one that the pod asks for stays.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use kbp_tests::binaries::kbp_binary;
@@ -11,6 +12,13 @@ use serde_json::Value;
 /// For what has to be seen on a machine that may be busy with other things.
 const SEEN: Duration = Duration::from_secs(90);
 const ASKED: u32 = 47;
+
+/// All of these use the same CPU, and what polls there harms who is judged by another test.
+static FIRST_CPU: Mutex<()> = Mutex::new(());
+
+fn alone() -> MutexGuard<'static, ()> {
+    FIRST_CPU.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn with_echo(lab: &Lab<'_>) {
     let echo = fixtures::echo().expect("echo server");
@@ -74,6 +82,7 @@ fn wait_for_none(lab: &Lab<'_>, id: &str, reason: &str) {
 
 #[test]
 fn a_pair_on_one_cpu_loses_its_windows_and_one_that_was_asked_for_stays() {
+    let _alone = alone();
     on(Arm::KBP, |lab| {
         with_echo(lab);
         for busy_poll in ["auto", "20"] {
@@ -101,6 +110,7 @@ fn a_pair_on_one_cpu_loses_its_windows_and_one_that_was_asked_for_stays() {
 
 #[test]
 fn threads_that_would_poll_at_once_lose_their_windows_until_they_are_few() {
+    let _alone = alone();
     on(Arm::KBP, |lab| {
         with_echo(lab);
         let (pod, fixed, peer) = (lab.pod("pod"), lab.pod("fixed"), lab.pod("peer"));
@@ -160,6 +170,7 @@ fn threads_that_would_poll_at_once_lose_their_windows_until_they_are_few() {
 /// Two containers of a pod: the one whose threads are too many loses its window alone, and takes what is known of it along when it goes.
 #[test]
 fn another_container_of_the_pod_keeps_its_window() {
+    let _alone = alone();
     on(Arm::KBP, |lab| {
         with_echo(lab);
         let (pod, peer) = (lab.pod("pod"), lab.pod("peer"));
