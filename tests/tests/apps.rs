@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use kbp_poller::state;
-use kbp_tests::apps::{App, AppNode, Guest};
+use kbp_tests::apps::{App, AppNode, AppPod, Guest};
 use kbp_tests::lab::LIMIT;
 use kbp_tests::{Leftovers, Runtime, Sandbox, Settings, Sockets, not_tested, wait_until};
 
@@ -103,25 +103,26 @@ fn serves_and_polls(app: App) {
 /// Who has their server on the first CPU: the windows of two that want it at once are taken away.
 static ONE_CPU: Mutex<()> = Mutex::new(());
 
+/// The server on the first CPU, and a client that may run anywhere.
+fn on_one_cpu<'n, 's>(app: App, node: &'n AppNode<'s>) -> (AppPod<'n, 's>, AppPod<'n, 's>) {
+    let usable = kbp_kernel::cpu::usable().expect("cpus");
+    let one = usable.iter().next().expect("a CPU");
+    let server = app
+        .serve(node, Runtime::Kbp, |mut guest| {
+            guest.cpus = Some(one.to_string());
+            guest
+        })
+        .unwrap_or_else(|e| panic!("{}: {e}", app.name()));
+    let client = node.pod(Runtime::Kbp, &Guest::idle("client"), |_| Ok(()));
+    (server, client.expect("client"))
+}
+
 /// Servers whose master or helpers make epoll instances first: on one CPU it is still the process with the connection that polls.
 fn its_busy_process_polls_under_auto(app: App) {
     let _alone = ONE_CPU.lock().unwrap_or_else(PoisonError::into_inner);
     let sandbox = Sandbox::new().expect("private node");
     let node = AppNode::start(&sandbox, Settings::default()).expect("node");
-    let one = kbp_kernel::cpu::usable()
-        .expect("cpus")
-        .iter()
-        .next()
-        .expect("a CPU");
-    let server = app
-        .serve(&node, Runtime::Kbp, |mut guest| {
-            guest.cpus = Some(one.to_string());
-            guest
-        })
-        .unwrap_or_else(|e| panic!("{}: {e}", app.name()));
-    let client = node
-        .pod(Runtime::Kbp, &Guest::idle("client"), |_| Ok(()))
-        .expect("client");
+    let (server, client) = on_one_cpu(app, &node);
     // Once more while it does not poll: helpers keep their places for a second.
     wait_until(
         &format!("a polling process of {}", app.name()),
@@ -185,20 +186,7 @@ fn its_threads_poll_while_they_are_few(app: App) {
     const LONG: Duration = Duration::from_secs(4);
     let sandbox = Sandbox::new().expect("private node");
     let node = AppNode::start(&sandbox, Settings::default()).expect("node");
-    let one = kbp_kernel::cpu::usable()
-        .expect("cpus")
-        .iter()
-        .next()
-        .expect("a CPU");
-    let server = app
-        .serve(&node, Runtime::Kbp, |mut guest| {
-            guest.cpus = Some(one.to_string());
-            guest
-        })
-        .unwrap_or_else(|e| panic!("{}: {e}", app.name()));
-    let client = node
-        .pod(Runtime::Kbp, &Guest::idle("client"), |_| Ok(()))
-        .expect("client");
+    let (server, client) = on_one_cpu(app, &node);
     for clients in [CLIENTS, 1] {
         let command = app
             .load_command(server.address(), clients, LONG)
@@ -240,20 +228,7 @@ fn a_registry_that_is_a_copy_is_no_second_event_loop() {
     let _alone = ONE_CPU.lock().unwrap_or_else(PoisonError::into_inner);
     let sandbox = Sandbox::new().expect("private node");
     let node = AppNode::start(&sandbox, Settings::default()).expect("node");
-    let one = kbp_kernel::cpu::usable()
-        .expect("cpus")
-        .iter()
-        .next()
-        .expect("a CPU");
-    let server = App::Tokio
-        .serve(&node, Runtime::Kbp, |mut guest| {
-            guest.cpus = Some(one.to_string());
-            guest
-        })
-        .expect("server");
-    let client = node
-        .pod(Runtime::Kbp, &Guest::idle("client"), |_| Ok(()))
-        .expect("client");
+    let (server, client) = on_one_cpu(App::Tokio, &node);
     let command = App::Tokio
         .load_command(server.address(), 1, LONG)
         .expect("load");
