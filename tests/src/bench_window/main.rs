@@ -50,6 +50,9 @@ struct Options {
         default_value = "0,50,200,1000,5000,10000"
     )]
     gaps: Vec<u32>,
+    /// Whether pauses are as long on average only, with exponential spread.
+    #[arg(long)]
+    jitter: bool,
     /// Arms: stock, and values of kbp.io/busy-poll.
     #[arg(
         long,
@@ -181,6 +184,7 @@ impl<'s> Bench<'_, 's> {
             return Ok(());
         }
         let begin = Instant::now();
+        let spread = self.options.jitter;
         let pair = self.pair("", situation, window, worker)?;
         // In this one a stock pair is measured, and the arm's own pair is what disturbs it.
         let measured = match situation {
@@ -189,14 +193,15 @@ impl<'s> Bench<'_, 's> {
         };
         for gap in &wanting {
             let record = match &measured {
-                None => pair.measure(key(*gap), *gap, self.seconds())?,
+                None => pair.measure(key(*gap), &pause(*gap, spread), self.seconds())?,
                 Some(stock) => {
                     let [seconds, warm] = self.seconds();
                     let longer = [seconds + 1.0, warm];
-                    let mut noise = pair
-                        .client
-                        .exec_start(&format!("noise-{gap}"), &pair.load(*gap, longer))?;
-                    let record = stock.measure(key(*gap), 200, self.seconds())?;
+                    let mut noise = pair.client.exec_start(
+                        &format!("noise-{gap}"),
+                        &pair.load(&pause(*gap, spread), longer),
+                    )?;
+                    let record = stock.measure(key(*gap), "200", self.seconds())?;
                     let limit = Duration::from_secs_f64(seconds + warm + 20.0);
                     noise.wait(limit).context("end of the noise")?.success()?;
                     record
@@ -270,8 +275,14 @@ impl<'s> Bench<'_, 's> {
     }
 }
 
+/// A pause as the client takes it.
+fn pause(gap: u32, spread: bool) -> String {
+    let mark = if spread { "~" } else { "" };
+    format!("{mark}{gap}")
+}
+
 impl Pair<'_, '_> {
-    fn load(&self, gap: u32, [seconds, warm]: [f64; 2]) -> Vec<String> {
+    fn load(&self, gap: &str, [seconds, warm]: [f64; 2]) -> Vec<String> {
         let text = format!(
             "/kbp/udp-rr {}:{PORT} {seconds} 64 {gap} {warm}",
             self.server.address()
@@ -279,7 +290,7 @@ impl Pair<'_, '_> {
         text.split_whitespace().map(str::to_owned).collect()
     }
 
-    fn measure(&self, key: Key, gap: u32, seconds: [f64; 2]) -> Result<Record> {
+    fn measure(&self, key: Key, gap: &str, seconds: [f64; 2]) -> Result<Record> {
         let server = self.server.pid()?;
         let throttled = record::throttled(server);
         let busy = cpu::busy_seconds()?;

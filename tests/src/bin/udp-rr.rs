@@ -1,7 +1,8 @@
 //! A plain UDP request/response client: one blocking socket, one request under way, every round trip in an HDR histogram.
 //!
-//! `udp-rr ADDRESS SECONDS [BYTES [PAUSE [WARM]]]` sleeps PAUSE µs after each answer, and prints one JSON object: counts, and the latency
-//! in µs at a list of quantiles. What it does in its first WARM seconds, which come before the others, does not count.
+//! `udp-rr ADDRESS SECONDS [BYTES [PAUSE [WARM]]]` sleeps PAUSE µs after each answer (`~PAUSE`: that on average, at random with exponential
+//! spread), and prints one JSON object: counts, and the latency in µs at a list of quantiles. What it does in its first WARM seconds,
+//! which come before the others, does not count.
 
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
@@ -20,7 +21,7 @@ fn main() -> Result<()> {
     let given = |at: usize, default: &'static str| rest.get(at).map_or(default, String::as_str);
     let (bytes, pause, warm) = (given(0, "64"), given(1, "0"), given(2, "0"));
     let warm: f64 = warm.parse().with_context(|| format!("warm: {warm}"))?;
-    let pause = Duration::from_micros(pause.parse().with_context(|| format!("pause: {pause}"))?);
+    let mut pauses = Pauses::read(pause)?;
     let seconds: f64 = seconds
         .parse()
         .with_context(|| format!("seconds: {seconds}"))?;
@@ -55,7 +56,7 @@ fn main() -> Result<()> {
             false => lost += 1,
         }
         sequence += 1;
-        if !pause.is_zero() {
+        if let Some(pause) = pauses.next() {
             std::thread::sleep(pause);
         }
     }
@@ -85,6 +86,44 @@ fn main() -> Result<()> {
         })
     );
     Ok(())
+}
+
+/// How long to sleep after each answer.
+struct Pauses {
+    mean: Duration,
+    /// State of a generator of random numbers (xorshift); None: every pause is the mean.
+    random: Option<u64>,
+}
+
+impl Pauses {
+    fn read(text: &str) -> Result<Self> {
+        let (number, random) = match text.strip_prefix('~') {
+            // Any number but 0; always the same, so that arms are given the same pauses.
+            Some(number) => (number, Some(0x9e37_79b9_7f4a_7c15)),
+            None => (text, None),
+        };
+        let mean = number.parse().with_context(|| format!("pause: {text}"))?;
+        Ok(Self {
+            mean: Duration::from_micros(mean),
+            random,
+        })
+    }
+
+    /// None: no pause.
+    fn next(&mut self) -> Option<Duration> {
+        if self.mean.is_zero() {
+            return None;
+        }
+        let Some(state) = &mut self.random else {
+            return Some(self.mean);
+        };
+        *state ^= *state << 13;
+        *state ^= *state >> 7;
+        *state ^= *state << 17;
+        // In (0, 1]: its logarithm is finite.
+        let uniform = ((*state >> 11) + 1) as f64 / (1u64 << 53) as f64;
+        Some(self.mean.mul_f64(-uniform.ln()))
+    }
 }
 
 /// Waits for the answer to `sequence`; false when it is lost. A late answer to an earlier request is passed over.
