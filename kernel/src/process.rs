@@ -2,12 +2,16 @@
 
 mod aside;
 mod capabilities;
+mod descriptors;
+mod limits;
 mod parent;
 mod reap;
 mod scheduling;
 
 pub use aside::{Aside, aside};
 pub use capabilities::{Capability, drop_for_good, give_up, take_up_in_this_thread};
+pub use descriptors::{Descriptor, descriptor};
+pub use limits::OpenFiles;
 pub use parent::end_with_parent;
 pub use reap::{Exit, ExitInfo, become_subreaper, consume, peek_ended, wait_any_peek};
 pub use scheduling::{

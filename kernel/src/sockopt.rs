@@ -69,6 +69,26 @@ pub fn kind(fd: BorrowedFd<'_>) -> SocketKind {
     }
 }
 
+/// Whether closing the last descriptor of a socket may wait for its peer (SO_LINGER); None: it is no socket.
+pub fn lingers(fd: BorrowedFd<'_>) -> Option<bool> {
+    let mut linger = libc::linger {
+        l_onoff: 0,
+        l_linger: 0,
+    };
+    let mut length = size_of::<libc::linger>() as libc::socklen_t;
+    // SAFETY: `linger` and `length` live through the call, and `length` is the size of `linger`.
+    let answer = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_LINGER,
+            (&raw mut linger).cast(),
+            &raw mut length,
+        )
+    };
+    (answer == 0).then_some(linger.l_onoff != 0 && linger.l_linger != 0)
+}
+
 /// SO_BUSY_POLL of a socket; 0: off.
 pub fn busy_poll(fd: BorrowedFd<'_>) -> Result<Micros> {
     let value = option(fd, libc::SO_BUSY_POLL).map_err(|source| Error::Syscall {

@@ -9,8 +9,8 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use kbp_kernel::process::{self, PidFd, Scheduling};
-use kbp_kernel::{CpuId, CpuSet, Error, cpu};
+use kbp_kernel::process::{self, Descriptor, PidFd, Scheduling};
+use kbp_kernel::{CpuId, CpuSet, Error, cpu, sockopt};
 
 /// A child that does nothing until it is killed, at the latest when the test is over.
 struct Sleeper(Child);
@@ -318,4 +318,49 @@ fn turns_and_switches_of_a_thread_are_counted() {
     thread.join().expect("thread");
     let error = process::switches(pid, tid).expect_err("it is gone");
     assert!(error.to_string().contains("status"), "{error}");
+}
+
+#[test]
+fn programs_begin_with_the_limit_of_open_files_that_was_raised_for_the_one_who_starts_them() {
+    let limits = || {
+        let limits = std::fs::read_to_string("/proc/self/limits").expect("limits");
+        let line = limits
+            .lines()
+            .find_map(|l| l.strip_prefix("Max open files"));
+        let mut values = line.expect("a line").split_whitespace().map(str::to_owned);
+        (values.next().expect("soft"), values.next().expect("hard"))
+    };
+    let own = std::process::id().to_string();
+    let lowered = Command::new("prlimit")
+        .args(["--pid", &own, "--nofile=700:"])
+        .status();
+    assert!(lowered.expect("prlimit").success());
+    assert_eq!(limits().0, "700");
+    let files = process::OpenFiles::raise().expect("raise");
+    assert_eq!(limits().0, limits().1);
+    let started = |restored: bool| {
+        let mut command = Command::new("sh");
+        command.args(["-c", "ulimit -Sn"]);
+        if restored {
+            files.restore_in(&mut command);
+        }
+        let output = command.output().expect("sh");
+        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    };
+    assert_eq!(started(true), "700");
+    assert_ne!(started(false), "700");
+}
+
+#[test]
+fn descriptors_are_told_apart_by_their_links() {
+    let own = std::process::id();
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("bind");
+    let epoll = sockopt::epoll_create().expect("epoll instance");
+    let file = std::fs::File::open("/proc/self/status").expect("open");
+    let of = |fd: &dyn AsRawFd| process::descriptor(own, fd.as_raw_fd());
+    assert_eq!(of(&socket), Some(Descriptor::Socket));
+    assert_eq!(of(&epoll), Some(Descriptor::Epoll));
+    assert_eq!(of(&file), Some(Descriptor::Other));
+    assert_eq!(process::descriptor(own, 1_000_000), None);
+    assert_eq!(process::descriptor(u32::MAX, i32::MAX), None);
 }

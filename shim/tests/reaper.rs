@@ -41,7 +41,7 @@ async fn ended(exit: oneshot::Receiver<Exit>) -> Exit {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn children_and_orphans_are_reaped_by_whoever_asked_for_them() {
-    let reaper = Reaper::start(Launcher::start().expect("a thread")).expect("a reaper");
+    let reaper = Reaper::start(Launcher::start(None).expect("a thread")).expect("a reaper");
 
     let mut children = Vec::new();
     for _ in 0..50 {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::Context;
 use containerd_shim_protos::shim_async::{Task, create_task};
 use containerd_shim_protos::ttrpc;
-use kbp_kernel::process::{Capability, drop_for_good, give_up};
+use kbp_kernel::process::{Capability, OpenFiles, drop_for_good, give_up};
 use kbp_poller::config::Config;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -75,7 +75,8 @@ pub fn serve(flags: &Flags) -> anyhow::Result<()> {
         tracing::debug!("{error}");
     }
     // Before there are other threads than this one and the one that starts programs.
-    let launcher = launcher()?;
+    let files = open_files();
+    let launcher = launcher(files)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .thread_keep_alive(Duration::from_secs(1))
@@ -100,10 +101,18 @@ pub fn serve(flags: &Flags) -> anyhow::Result<()> {
     served
 }
 
+/// Room for the descriptors of a pod with a great many processes, as Go's programs make it: each has streams and a listener here.
+/// containerd's unit may leave 1024.
+fn open_files() -> Option<OpenFiles> {
+    OpenFiles::raise()
+        .inspect_err(|error| tracing::warn!("{error}"))
+        .ok()
+}
+
 /// Gives up the capabilities that the server does not need. The thread that starts programs has them out of force; all others lose them.
 /// In the OCI runtime, which root executes, all of them are in force again.
-fn launcher() -> anyhow::Result<Launcher> {
-    let start = || Launcher::start().context("start the thread that starts programs");
+fn launcher(files: Option<OpenFiles>) -> anyhow::Result<Launcher> {
+    let start = || Launcher::start(files).context("start the thread that starts programs");
     match give_up(&[&NOT_NEEDED[..], &SELDOM_NEEDED].concat()) {
         Ok(true) => {}
         Ok(false) => {

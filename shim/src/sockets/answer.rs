@@ -1,6 +1,6 @@
 //! Answers one trapped call.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -12,6 +12,7 @@ use kbp_kernel::{Error, Micros};
 use kbp_poller::state::{Degraded, Part};
 use nix::libc::{EBADF, ENOENT, ENOSYS, EPOLL_CLOEXEC, ESRCH};
 
+use super::copies::Copy;
 use super::{Container, Event, Shared};
 
 /// Packets that an epoll instance takes in one round of busy polling: NAPI_POLL_WEIGHT, the most that needs no privilege.
@@ -91,7 +92,8 @@ fn treat(
                 }
             }
             if which == Syscall::Listen && treatment.bounded && call.tid != 0 {
-                shared.notes.add(call.tid, container);
+                let waits = || listener.is_valid(call.id);
+                shared.notes.add(call.tid, container, waits);
             }
             Ok(false)
         }
@@ -107,7 +109,8 @@ fn treat(
                 _ => return Ok(false),
             };
             if treatment.bounded && call.tid != 0 {
-                shared.notes.add(call.tid, container);
+                let waits = || listener.is_valid(call.id);
+                shared.notes.add(call.tid, container, waits);
             }
             if treatment.bounded && call.tid != 0 && !shared.crowd.admits(call.tid) {
                 shared
@@ -137,7 +140,7 @@ fn set_window(
     call: &Notification,
     argument: FirstArgument,
     window: Micros,
-) -> Result<Option<OwnedFd>, Error> {
+) -> Result<Option<Copy>, Error> {
     let Some(socket) = socket_of(listener, call, argument)? else {
         return Ok(None);
     };
@@ -158,7 +161,7 @@ fn socket_of(
     listener: &Listener,
     call: &Notification,
     argument: FirstArgument,
-) -> Result<Option<OwnedFd>, Error> {
+) -> Result<Option<Copy>, Error> {
     // Not visible from this pid namespace.
     if call.tid == 0 {
         return Ok(None);
@@ -183,7 +186,7 @@ fn socket_of(
     if !listener.is_valid(call.id) {
         return Ok(None);
     }
-    match caller.get_fd(number) {
+    match Copy::of(&caller, number) {
         Ok(socket) => Ok(Some(socket)),
         Err(error) if matches!(error.errno(), Some(EBADF | ESRCH)) => Ok(None),
         Err(error) => Err(error),

@@ -13,8 +13,10 @@ use std::os::fd::AsFd;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use kbp_kernel::process::{self, PidFd};
+use kbp_kernel::process::{self, Descriptor, PidFd};
 use kbp_kernel::sockopt::{self, SocketKind};
+
+use super::copies::Copy;
 
 /// How long a process keeps its place without an IP socket: workers that get theirs from another process have it by then.
 const GRACE: Duration = Duration::from_secs(1);
@@ -86,9 +88,19 @@ impl Place {
         };
         let new = now.saturating_duration_since(self.since) < GRACE;
         let (mut epoll, mut socket) = (false, new);
-        for fd in (0..DESCRIPTORS).filter_map(|number| process.open_fd(number)) {
-            epoll = epoll || sockopt::is_polling_epoll(fd.as_fd());
-            socket = socket || sockopt::kind(fd.as_fd()) == SocketKind::Inet;
+        for number in 0..DESCRIPTORS {
+            match process::descriptor(self.process, number) {
+                Some(Descriptor::Epoll) if !epoll => {
+                    let copy = Copy::of(&process, number).ok();
+                    let copy = copy.filter(Copy::is_epoll);
+                    epoll = copy.is_some_and(|copy| sockopt::is_polling_epoll(copy.as_fd()));
+                }
+                Some(Descriptor::Socket) if !socket => {
+                    let copy = Copy::of(&process, number).ok();
+                    socket = copy.is_some_and(|c| sockopt::kind(c.as_fd()) == SocketKind::Inet);
+                }
+                _ => {}
+            }
             if epoll && socket {
                 return true;
             }

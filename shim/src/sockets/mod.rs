@@ -9,6 +9,7 @@
 //! ENOSYS; the notifier therefore has to live as long as any process of the pod.
 
 mod answer;
+mod copies;
 mod crowd;
 mod handshake;
 mod home;
@@ -34,8 +35,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use kbp_kernel::Micros;
 use kbp_poller::state::{Degraded, SocketCounters};
@@ -49,6 +51,9 @@ const MAX_SOCKET_PATH: usize = 107;
 
 /// The thread calls a handful of functions and keeps its buffers on the heap.
 const STACK_SIZE: usize = 128 * 1024;
+
+/// How long the thread may take to end.
+const END_LIMIT: Duration = Duration::from_secs(5);
 
 /// Why a notifier could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -125,7 +130,8 @@ pub struct Notifier {
     socket: String,
     shared: Arc<Shared>,
     stop: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
+    /// The second is closed when the first has ended; behind a lock only to be shared.
+    thread: Option<(JoinHandle<()>, Mutex<mpsc::Receiver<()>>)>,
 }
 
 /// What the thread and its owner both see.
@@ -209,12 +215,18 @@ impl Notifier {
             thread: None,
         };
         let (shared, stop) = (notifier.shared.clone(), notifier.stop.clone());
+        // Closed when the thread ends.
+        let (living, ended) = mpsc::channel();
+        let work = move || {
+            let _living: mpsc::Sender<()> = living;
+            thread::Supervisor::new(listener, stop, shared).run();
+        };
         let thread = std::thread::Builder::new()
             .name("kbp-notify".to_owned())
             .stack_size(STACK_SIZE)
-            .spawn(move || thread::Supervisor::new(listener, stop, shared).run())
+            .spawn(work)
             .map_err(Error::Thread)?;
-        notifier.thread = Some(thread);
+        notifier.thread = Some((thread, Mutex::new(ended)));
         Ok(notifier)
     }
 
@@ -285,10 +297,14 @@ impl Notifier {
 
 impl Drop for Notifier {
     fn drop(&mut self) {
-        if let Some(thread) = self.thread.take() {
+        if let Some((thread, ended)) = self.thread.take() {
             // An eventfd's counter overflows only after 2^64 - 2 of these.
             let _ = self.stop.write(1);
-            if thread.join().is_err() {
+            let ended = ended.into_inner().unwrap_or_else(PoisonError::into_inner);
+            // Whatever keeps it must not keep the pod from ending; it goes with the shim.
+            if ended.recv_timeout(END_LIMIT) == Err(mpsc::RecvTimeoutError::Timeout) {
+                tracing::error!("the notifier thread hangs; calls may have had no answer");
+            } else if thread.join().is_err() {
                 tracing::error!("the notifier thread had panicked");
             }
         }

@@ -39,8 +39,9 @@ impl Notes {
         Self(Mutex::new(Vec::with_capacity(MOST)))
     }
 
-    /// Writes the process of thread `tid` down, once.
-    pub(super) fn add(&self, tid: u32, container: &Arc<Container>) {
+    /// Writes the process of thread `tid` down, once. `waits`: whether the thread still waits in its call, so that its number was no
+    /// other's until then.
+    pub(super) fn add(&self, tid: u32, container: &Arc<Container>, waits: impl FnOnce() -> bool) {
         let Ok(pid) = process::process_of(tid) else {
             return;
         };
@@ -51,6 +52,9 @@ impl Notes {
         let Ok(process) = PidFd::open(pid) else {
             return;
         };
+        if !waits() {
+            return;
+        }
         notes.push(Noted {
             pid,
             process,

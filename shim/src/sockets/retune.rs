@@ -15,6 +15,7 @@ use kbp_kernel::sockopt::{self, EpollParams, SocketKind};
 
 use super::Treatment;
 use super::answer::{EPOLL_BUDGET, Node};
+use super::copies::Copy;
 use super::crowd::Crowd;
 use super::pollers::Count;
 
@@ -118,10 +119,14 @@ impl<'a> Walk<'a> {
                 continue;
             }
             let number = entry.file_name().to_str().and_then(|n| n.parse().ok());
-            let Some((number, fd)) = number.and_then(|n| Some((n, process.open_fd(n)?))) else {
+            let Some((number, copy)) = number.and_then(|n| Some((n, Copy::of(process, n).ok()?)))
+            else {
                 continue;
             };
-            let fd = fd.as_fd();
+            if is_epoll && !copy.is_epoll() {
+                continue;
+            }
+            let fd = copy.as_fd();
             if is_epoll {
                 if let Some(count) = count.as_deref_mut() {
                     count.epoll(number);

@@ -12,7 +12,7 @@ use std::io;
 use std::process::{Child, Command};
 use std::sync::mpsc;
 
-use kbp_kernel::process::{set_thp_disabled, thp_disabled};
+use kbp_kernel::process::{OpenFiles, set_thp_disabled, thp_disabled};
 use tokio::sync::oneshot;
 
 /// The thread's name, as /proc shows it.
@@ -33,11 +33,11 @@ pub struct Launcher {
 }
 
 impl Launcher {
-    /// Starts the thread, which has the capabilities of the calling one.
+    /// Starts the thread, which has the capabilities of the calling one. Programs begin with the limit of `files`, where there is one.
     ///
     /// # Errors
     /// When there can be no more threads.
-    pub fn start() -> io::Result<Self> {
+    pub fn start(files: Option<OpenFiles>) -> io::Result<Self> {
         let (orders, received) = mpsc::channel::<Order>();
         let work = move || {
             for Order {
@@ -45,6 +45,9 @@ impl Launcher {
                 answer,
             } in received
             {
+                if let Some(files) = files {
+                    files.restore_in(&mut command);
+                }
                 let started = spawn(&mut command).map(|child| child.id());
                 // It holds the child's ends of pipes, whose other ends the caller is about to read.
                 drop(command);
