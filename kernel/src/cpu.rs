@@ -1,8 +1,7 @@
-//! CPU topology: which CPUs exist, are online, isolated, siblings; and what they spent their time on.
+//! CPU topology: which CPUs exist, are online, isolated, siblings.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use crate::sys::read_text;
 use crate::{CpuId, CpuSet, Error, Result, process};
@@ -149,62 +148,6 @@ pub fn usable() -> Result<CpuSet> {
         .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
-/// Time that a CPU spent, by what it did, since boot (/proc/stat, in steps of 1/100 s).
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct CpuTimes {
-    /// In programs, nice ones included.
-    pub user: Duration,
-    /// In the kernel.
-    pub system: Duration,
-    /// In hardware interrupts.
-    pub irq: Duration,
-    /// In softirqs.
-    pub softirq: Duration,
-    /// Idle, waiting for disks included.
-    pub idle: Duration,
-}
-
-/// Times of every online CPU. The kernel counts SCHED_IDLE threads as user or system, like others.
-pub fn times() -> Result<BTreeMap<CpuId, CpuTimes>> {
-    const STAT: &str = "/proc/stat";
-    let protocol = |line: &str| Error::Protocol {
-        what: format!("read {STAT}"),
-        detail: format!("{line:?}"),
-    };
-    // USER_HZ, which every architecture of today fixes at 100.
-    let time = |ticks: u64| Duration::from_millis(ticks * 10);
-    let text = read_text(STAT)?;
-    let mut all = BTreeMap::new();
-    for line in text.lines() {
-        let Some((name, rest)) = line.split_once(' ') else {
-            continue;
-        };
-        // The line `cpu` alone is the sum.
-        let Some(number) = name.strip_prefix("cpu").filter(|number| !number.is_empty()) else {
-            continue;
-        };
-        let cpu = CpuId(number.parse().map_err(|_| protocol(line))?);
-        let ticks: Vec<u64> = rest
-            .split_whitespace()
-            .map(|field| field.parse().map_err(|_| protocol(line)))
-            .collect::<Result<_>>()?;
-        let [user, nice, system, idle, iowait, irq, softirq, ..] = ticks[..] else {
-            return Err(protocol(line));
-        };
-        all.insert(
-            cpu,
-            CpuTimes {
-                user: time(user + nice),
-                system: time(system),
-                irq: time(irq),
-                softirq: time(softirq),
-                idle: time(idle + iowait),
-            },
-        );
-    }
-    Ok(all)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -315,25 +258,6 @@ mod tests {
                 1,
                 "asking changes nothing"
             );
-        })
-        .join()
-        .expect("thread");
-    }
-
-    #[test]
-    fn times_of_a_busy_cpu_grow() {
-        let busy = |times: &CpuTimes| times.user + times.system;
-        let cpu = allowed().expect("allowed").iter().next().expect("a CPU");
-        std::thread::spawn(move || {
-            process::set_affinity(0, &[cpu].into_iter().collect()).expect("pin");
-            let before = times().expect("times")[&cpu];
-            let until = std::time::Instant::now() + Duration::from_secs(10);
-            while busy(&times().expect("times")[&cpu]) == busy(&before) {
-                assert!(
-                    std::time::Instant::now() < until,
-                    "no time passed on CPU {cpu}"
-                );
-            }
         })
         .join()
         .expect("thread");

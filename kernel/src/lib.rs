@@ -9,6 +9,7 @@
 #![allow(unsafe_code)]
 
 pub mod cpu;
+pub mod cpu_time;
 pub mod error;
 pub mod ethtool;
 pub mod fd;

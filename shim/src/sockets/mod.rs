@@ -18,6 +18,8 @@ mod noted;
 mod pollers;
 mod retune;
 #[cfg(test)]
+mod testing;
+#[cfg(test)]
 mod tests;
 mod thread;
 mod waiting;

@@ -263,46 +263,30 @@ fn blocks(fd: BorrowedFd<'_>) -> bool {
 mod tests {
     use std::net::{TcpListener, TcpStream};
     use std::os::fd::{AsFd, OwnedFd};
-    use std::process::{Child, Command, Stdio};
 
     use kbp_kernel::{Micros, sockopt};
 
-    use super::super::Prefer;
+    use super::super::testing::{Holder, treatment};
     use super::*;
 
     const WINDOW: Micros = Micros(20);
-    const NOW: Treatment = Treatment {
-        window: Some(WINDOW),
-        epoll: true,
-        bounded: true,
-        prefer: Prefer {
-            sockets: false,
-            epolls: false,
-        },
-    };
+    const NOW: Treatment = treatment(WINDOW);
 
     /// A process with a connection that has two descriptors.
-    struct Holder {
-        child: Child,
+    struct Connected {
+        holder: Holder,
         socket: OwnedFd,
         _listener: TcpListener,
     }
 
-    impl Holder {
+    impl Connected {
         fn new() -> Self {
             let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
             let address = listener.local_addr().expect("address");
             let socket = OwnedFd::from(TcpStream::connect(address).expect("connect"));
             sockopt::set_busy_poll(socket.as_fd(), WINDOW).expect("window");
-            let copy = || Stdio::from(socket.try_clone().expect("a copy"));
-            let child = Command::new("sleep")
-                .arg("60")
-                .stdin(copy())
-                .stdout(copy())
-                .spawn()
-                .expect("sleep");
             Self {
-                child,
+                holder: Holder::new(&socket, &socket),
                 socket,
                 _listener: listener,
             }
@@ -310,8 +294,8 @@ mod tests {
 
         fn watched(&self) -> Watched {
             Watched {
-                pid: self.child.id(),
-                process: PidFd::open(self.child.id()).expect("a pidfd"),
+                pid: self.holder.pid(),
+                process: PidFd::open(self.holder.pid()).expect("a pidfd"),
                 worked: Duration::ZERO,
                 counted: None,
                 crowded: None,
@@ -324,16 +308,9 @@ mod tests {
         }
     }
 
-    impl Drop for Holder {
-        fn drop(&mut self) {
-            let _ = self.child.kill();
-            let _ = self.child.wait();
-        }
-    }
-
     #[test]
     fn a_connection_with_two_descriptors_is_waited_for_once() {
-        let holder = Holder::new();
+        let holder = Connected::new();
         let watched = holder.watched();
         let (mut count, mut retuned) = (Count::default(), Retuned::default());
         let crowd = Crowd::default();
@@ -351,7 +328,7 @@ mod tests {
 
     #[test]
     fn a_crowded_process_has_no_window_until_few_poll_twice() {
-        let holder = Holder::new();
+        let holder = Connected::new();
         let mut watched = holder.watched();
         let crowd = Crowd::default();
         let crowded = || Some("many".to_owned());
@@ -368,7 +345,7 @@ mod tests {
 
     #[test]
     fn what_is_no_longer_crowded_has_no_more_than_its_container() {
-        let holder = Holder::new();
+        let holder = Connected::new();
         let mut watched = holder.watched();
         let crowd = Crowd::default();
         assert!(watched.settle(Some("many".to_owned()), NOW, &crowd));
@@ -384,7 +361,7 @@ mod tests {
 
     #[test]
     fn a_crowded_process_is_named_and_forgotten_when_it_is_gone() {
-        let holder = Holder::new();
+        let holder = Connected::new();
         let mut pollers = Pollers::default();
         let mut watched = holder.watched();
         let pid = watched.pid;
@@ -392,7 +369,7 @@ mod tests {
         pollers.processes.push(watched);
         assert!(pollers.is_crowded(pid) && pollers.are_all_crowded());
         assert_eq!(pollers.reason().as_deref(), Some("many"));
-        let other = Holder::new();
+        let other = Connected::new();
         pollers.processes.push(other.watched());
         assert!(!pollers.are_all_crowded());
         let crowd = Crowd::default();

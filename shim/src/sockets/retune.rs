@@ -175,45 +175,12 @@ impl<'a> Walk<'a> {
 mod tests {
     use std::net::{TcpListener, TcpStream};
     use std::os::fd::{AsFd, OwnedFd};
-    use std::process::{Child, Command, Stdio};
 
-    use super::super::Prefer;
+    use super::super::testing::{Holder, treatment};
     use super::*;
 
-    /// A process that has these two descriptors and does nothing.
-    struct Holder(Child);
-
-    impl Holder {
-        fn new(first: &OwnedFd, second: &OwnedFd) -> Self {
-            let copy = |fd: &OwnedFd| Stdio::from(fd.try_clone().expect("duplicate"));
-            let child = Command::new("sleep")
-                .arg("60")
-                .stdin(copy(first))
-                .stdout(copy(second))
-                .spawn()
-                .expect("sleep");
-            Self(child)
-        }
-
-        fn pid(&self) -> u32 {
-            self.0.id()
-        }
-    }
-
-    impl Drop for Holder {
-        fn drop(&mut self) {
-            let _ = self.0.kill();
-            let _ = self.0.wait();
-        }
-    }
-
     fn to(window: u32) -> Treatment {
-        Treatment {
-            window: (window > 0).then_some(Micros(window)),
-            epoll: true,
-            bounded: true,
-            prefer: Prefer::default(),
-        }
+        treatment(Micros(window))
     }
 
     fn accepted() -> OwnedFd {

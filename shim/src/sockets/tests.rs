@@ -15,18 +15,11 @@ use kbp_kernel::{Micros, fd};
 use nix::libc;
 use nix::sys::epoll::{Epoll, EpollCreateFlags};
 
+use super::testing::treatment;
 use super::*;
 
 const WINDOW: Micros = Micros(37);
-const ON: Treatment = Treatment {
-    window: Some(WINDOW),
-    epoll: true,
-    bounded: true,
-    prefer: Prefer {
-        sockets: false,
-        epolls: false,
-    },
-};
+const ON: Treatment = treatment(WINDOW);
 const LIMIT: Duration = Duration::from_secs(10);
 const TRAPS: [i64; 5] = [
     libc::SYS_bind,
@@ -236,12 +229,7 @@ fn epoll_instances_are_given_with_their_window() {
 
 #[test]
 fn a_container_without_a_window_is_left_alone_until_it_gets_one() {
-    let pod = Pod::new(Treatment {
-        window: None,
-        epoll: true,
-        bounded: true,
-        prefer: Default::default(),
-    });
+    let pod = Pod::new(treatment(Micros(0)));
     pod.trapped(|| {
         let before = UdpSocket::bind("127.0.0.1:0").expect("bind");
         assert_eq!(window_of(&before), node_default());

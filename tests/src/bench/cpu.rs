@@ -5,14 +5,12 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use kbp_kernel::CpuId;
 use kbp_kernel::cpu::Topology;
-
-/// `/proc/stat` counts in these; the kernel fixes it at 100 for every architecture that runs containers.
-const TICKS_PER_SECOND: f64 = 100.0;
+use kbp_kernel::cpu_time::CpuTimes;
 
 /// Busy seconds of all CPUs together since boot: everything but idle, waiting for I/O and what a hypervisor took.
 pub fn busy_seconds() -> Result<f64> {
-    let stat = std::fs::read_to_string("/proc/stat").context("read /proc/stat")?;
-    busy_ticks(&stat).map(|ticks| ticks as f64 / TICKS_PER_SECOND)
+    let times = CpuTimes::read().context("what the CPUs do")?;
+    Ok(times.all.busy().as_secs_f64())
 }
 
 /// Share of all CPU time that other work takes at this moment, watched for a second; 0 to 1.
@@ -23,18 +21,6 @@ pub fn other_work(cpus: usize) -> Result<f64> {
     std::thread::sleep(WATCH);
     let busy = busy_seconds()? - before;
     Ok((busy / (WATCH.as_secs_f64() * cpus.max(1) as f64)).min(1.0))
-}
-
-fn busy_ticks(stat: &str) -> Result<u64> {
-    let line = stat.lines().find_map(|l| l.strip_prefix("cpu "));
-    let line = line.context("/proc/stat has no line for all CPUs")?;
-    let fields: Result<Vec<u64>, _> = line.split_whitespace().map(str::parse).collect();
-    let fields = fields.with_context(|| format!("/proc/stat: {line}"))?;
-    // user nice system idle iowait irq softirq steal guest guest_nice; the guest's are in user and nice already.
-    let [user, nice, system, _, _, irq, softirq, ..] = fields[..] else {
-        anyhow::bail!("/proc/stat has too few columns: {line}");
-    };
-    Ok(user + nice + system + irq + softirq)
 }
 
 /// Where the server and the client run.
@@ -81,14 +67,6 @@ pub fn place(topology: &Topology) -> Result<Placement> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn busy_is_everything_but_idle_iowait_and_steal() {
-        let stat = "cpu  1 2 4 1000 1000 8 16 1000 1 2\ncpu0 9 9 9 9 9 9 9 9 9 9\n";
-        assert_eq!(busy_ticks(stat).expect("a whole line"), 31);
-        assert!(busy_ticks("cpu  1 2 3\n").is_err());
-        assert!(busy_ticks("intr 1\n").is_err());
-    }
 
     #[test]
     fn busy_time_grows_with_work() {

@@ -1,5 +1,6 @@
 //! The frame of the benches and of the demo: a sandbox around the whole run, rounds that end, and what every report says of the machine.
 
+pub mod clients;
 pub mod cpu;
 pub mod interrupt;
 pub mod machine;
@@ -95,6 +96,11 @@ impl<'a> Rounds<'a> {
         }
         Ok(())
     }
+}
+
+/// The median of a figure over the rounds. Of no rounds NaN, which a table shows and no comparison takes for a result.
+pub fn over<'a, T: 'a>(samples: impl IntoIterator<Item = &'a T>, field: impl Fn(&T) -> f64) -> f64 {
+    kbp_plot::median(samples.into_iter().map(field)).unwrap_or(f64::NAN)
 }
 
 /// Writes `figures` as JSON, and makes the directory for it where there is none.

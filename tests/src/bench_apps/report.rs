@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::Result;
-use kbp_tests::bench::write_json;
+use kbp_tests::bench::{over, write_json};
 use serde::Serialize;
 
 use crate::{Results, Sample, Workload};
@@ -35,17 +35,13 @@ struct Row<'a> {
     rounds: &'a [Sample],
 }
 
-fn median(samples: &[Sample], of: impl Fn(&Sample) -> f64) -> f64 {
-    kbp_plot::median(samples.iter().map(of)).unwrap_or(f64::NAN)
-}
-
 fn medians(samples: &[Sample]) -> Medians {
     Medians {
-        p50_us: median(samples, |s| s.figures.p50_us),
-        p99_us: median(samples, |s| s.figures.p99_us),
-        per_second: median(samples, |s| s.figures.per_second),
-        fewest_answers: median(samples, |s| s.figures.fewest_answers),
-        cpu_us_per_answer: median(samples, |s| {
+        p50_us: over(samples, |s| s.figures.p50_us),
+        p99_us: over(samples, |s| s.figures.p99_us),
+        per_second: over(samples, |s| s.figures.per_second),
+        fewest_answers: over(samples, |s| s.figures.fewest_answers),
+        cpu_us_per_answer: over(samples, |s| {
             1e6 * s.cpu_seconds / s.figures.samples.max(1) as f64
         }),
     }

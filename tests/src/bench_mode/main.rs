@@ -13,7 +13,7 @@ use clap::Parser;
 use kbp_kernel::cpu::Topology;
 use kbp_tests::apps::{App, AppNode, AppPod, Guest, PORT};
 use kbp_tests::bench::cpu::{self, Placement};
-use kbp_tests::bench::{Interrupt, in_sandbox, write_json};
+use kbp_tests::bench::{Interrupt, in_sandbox, over, write_json};
 use kbp_tests::{Runtime, Sandbox, Settings};
 use serde::Serialize;
 
@@ -255,10 +255,7 @@ fn process_seconds(pid: u32) -> Result<f64> {
 }
 
 fn median(samples: &[Sample]) -> Sample {
-    let of = |value: fn(&Sample) -> f64| {
-        let middle = kbp_plot::median(samples.iter().map(value));
-        middle.unwrap_or(f64::NAN)
-    };
+    let of = |value: fn(&Sample) -> f64| over(samples, value);
     Sample {
         per_second: of(|s| s.per_second),
         p50_us: of(|s| s.p50_us),

@@ -11,13 +11,10 @@
 
 mod directions;
 mod node;
-#[path = "../demo/output.rs"]
-mod output;
 mod programs;
 mod report;
 mod road;
 mod spinner;
-mod stats;
 mod veths;
 mod workers;
 
@@ -214,13 +211,22 @@ impl Turn<'_> {
         Ok(())
     }
 
-    fn workers(&self, results: &mut Results) -> Result<()> {
-        for kind in self.order(Kind::ALL) {
-            self.turns.check()?;
-            if let Some(why) = kind.wanting() {
-                results.wanting.insert(kind, why);
-                continue;
+    /// Those of `kinds` that this kernel has, in the order of this round. Why it lacks the others is noted.
+    fn kinds(&self, kinds: impl IntoIterator<Item = Kind>, results: &mut Results) -> Vec<Kind> {
+        let mut there = self.order(kinds);
+        there.retain(|kind| match kind.wanting() {
+            Some(why) => {
+                results.wanting.insert(*kind, why);
+                false
             }
+            None => true,
+        });
+        there
+    }
+
+    fn workers(&self, results: &mut Results) -> Result<()> {
+        for kind in self.kinds(Kind::ALL, results) {
+            self.turns.check()?;
             eprintln!("workers · {}", kind.name());
             let most = if self.options.quick { 10 } else { 100 };
             for count in [1, 10, 100].into_iter().filter(|c| *c <= most) {
@@ -242,12 +248,8 @@ impl Turn<'_> {
     }
 
     fn filters(&self, results: &mut Results) -> Result<()> {
-        for kind in self.order(Kind::FILTERED) {
+        for kind in self.kinds(Kind::FILTERED, results) {
             self.turns.check()?;
-            if let Some(why) = kind.wanting() {
-                results.wanting.insert(kind, why);
-                continue;
-            }
             eprintln!("filters · {}", kind.name());
             for rules in workers::RULES {
                 let case = Case {

@@ -8,12 +8,11 @@ use kbp_kernel::cpu::Topology;
 use kbp_poller::state;
 use kbp_tests::Runtime;
 use kbp_tests::apps::{AppNode, AppPod, Guest};
+use kbp_tests::bench::clients::{self, Latency};
 use kbp_tests::bench::cpu::{Placement, busy_seconds};
 use serde::Serialize;
 
-use crate::output;
 use crate::spinner::{Group, Spinners};
-use crate::stats::Latency;
 
 const ECHO: u16 = 7;
 const REDIS: u16 = 6379;
@@ -235,23 +234,23 @@ impl Bench<'_, '_> {
                 let load = |n: u64| {
                     format!("redis-benchmark -h {server} -t get -c 1 -n {n} --precision 3")
                 };
-                let rate = output::redis_benchmark_rate(&exec(load(WARM_UP))?.0)?;
+                let rate = clients::redis_benchmark_rate(&exec(load(WARM_UP))?.0)?;
                 let requests = ((rate * seconds) as u64).max(WARM_UP);
                 let (text, cpus) = exec(load(requests))?;
-                (Some(output::redis_benchmark(&text)?), None, cpus)
+                (Some(clients::redis_benchmark(&text)?), None, cpus)
             }
             Workload::Echo { pause_us } => {
                 let (text, cpus) = exec(format!(
                     "/kbp/udp-rr {server}:{ECHO} {seconds} 64 {pause_us}"
                 ))?;
-                (Some(output::udp_rr(&text)?), None, cpus)
+                (Some(clients::udp_rr(&text)?), None, cpus)
             }
             Workload::Stream => {
                 let (text, cpus) = exec(format!(
                     "iperf3 --client {server} --json --time {}",
                     seconds.ceil()
                 ))?;
-                (None, Some(output::iperf3(&text)?.0), cpus)
+                (None, Some(clients::iperf3(&text)?.0), cpus)
             }
         };
         Ok(Sample {

@@ -4,14 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use kbp_plot::median;
-use kbp_tests::bench::Machine;
+use kbp_tests::bench::clients::Latency;
+use kbp_tests::bench::{Machine, over};
 use serde_json::{Value, json};
 
 use crate::directions::{self, Ends};
 use crate::node;
 use crate::programs::{Arm, Sample, Situation, Workload};
 use crate::road;
-use crate::stats::Latency;
 use crate::workers::{self, Kind};
 
 /// Everything that was measured, a sample a round.
@@ -29,11 +29,6 @@ pub(crate) struct Results {
     pub(crate) wanting: BTreeMap<Kind, String>,
     pub(crate) ends: BTreeMap<(Ends, u32), Vec<directions::Sample>>,
     pub(crate) daemon: Vec<node::Sample>,
-}
-
-/// A median of nothing is no figure.
-fn over<T>(samples: &[T], field: impl Fn(&T) -> f64) -> f64 {
-    median(samples.iter().map(field)).unwrap_or(f64::NAN)
 }
 
 impl Results {

@@ -6,6 +6,7 @@ use std::io::Write as _;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use kbp_tests::bench::over;
 use serde::{Deserialize, Serialize};
 
 /// Who shares a CPU with whom.
@@ -175,7 +176,7 @@ impl Arm {
 
 /// The median of what `of` picks.
 pub(crate) fn median(records: &[&Record], of: impl Fn(&Record) -> f64) -> f64 {
-    kbp_plot::median(records.iter().map(|r| of(r))).unwrap_or(f64::NAN)
+    over(records.iter().copied(), of)
 }
 
 /// In how many periods the quota of a process' cgroup has stopped it so far; 0 without a quota.

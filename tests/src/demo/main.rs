@@ -4,7 +4,6 @@
 //! measures pairs of containers in alternating rounds. All of it is gone when it ends, however it ends.
 
 mod node;
-mod output;
 mod progress;
 mod report;
 mod stats;

@@ -1,24 +1,8 @@
 //! What one measurement yields, and the medians over the rounds.
 
 use kbp_plot::median;
+use kbp_tests::bench::clients::Latency;
 use serde::Serialize;
-
-/// Latencies and cost of one measurement.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Latency {
-    /// Median in µs.
-    pub(crate) p50: f64,
-    /// 99th percentile in µs.
-    pub(crate) p99: f64,
-    /// 99.9th percentile in µs.
-    pub(crate) p99_9: f64,
-    /// Slowest request in µs.
-    pub(crate) max: f64,
-    /// Requests answered.
-    pub(crate) samples: u64,
-    /// (quantile, µs), ascending.
-    pub(crate) curve: Vec<(f64, f64)>,
-}
 
 /// Latencies with what they cost.
 #[derive(Debug, Clone, PartialEq)]

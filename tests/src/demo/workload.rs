@@ -1,11 +1,11 @@
 //! The pairs of unmodified programs, and one measurement of one of them under one arm.
 
 use anyhow::{Context, Result};
+use kbp_tests::bench::clients;
 use kbp_tests::bench::cpu::{Placement, busy_seconds};
 
 use crate::node::{Arm, Container, Node, Pod, inactive_parts};
-use crate::output;
-use crate::stats::{Latency, LatencySample, ThroughputSample};
+use crate::stats::{LatencySample, ThroughputSample};
 
 /// A pair of programs in two containers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -151,11 +151,11 @@ fn redis_get(client: &Pod<'_, '_>, server: &str, seconds: u32) -> Result<Latency
     };
     // redis-benchmark takes a number of requests; the warm-up says how many fill the time.
     const WARM_UP: u64 = 10_000;
-    let rate = output::redis_benchmark_rate(&benchmark(WARM_UP)?)?;
+    let rate = clients::redis_benchmark_rate(&benchmark(WARM_UP)?)?;
     let requests = (rate * f64::from(seconds)) as u64;
     let (text, cpu_seconds) = with_cost(|| benchmark(requests.max(WARM_UP)))?;
     Ok(LatencySample {
-        latency: output::redis_benchmark(&text)?,
+        latency: clients::redis_benchmark(&text)?,
         cpu_seconds,
     })
 }
@@ -165,9 +165,8 @@ fn udp_echo(client: &Pod<'_, '_>, server: &str, seconds: u32) -> Result<LatencyS
     client.exec(&["udp-rr", &address, "0.5"])?;
     let (text, cpu_seconds) =
         with_cost(|| client.exec(&["udp-rr", &address, &seconds.to_string()]))?;
-    let latency: Latency = output::udp_rr(&text)?;
     Ok(LatencySample {
-        latency,
+        latency: clients::udp_rr(&text)?,
         cpu_seconds,
     })
 }
@@ -185,7 +184,7 @@ fn bulk_tcp(client: &Pod<'_, '_>, server: &str, seconds: u32) -> Result<Throughp
     };
     stream(1)?;
     let (text, cpu_seconds) = with_cost(|| stream(seconds))?;
-    let (gbit_per_second, retransmits) = output::iperf3(&text)?;
+    let (gbit_per_second, retransmits) = clients::iperf3(&text)?;
     Ok(ThroughputSample {
         gbit_per_second,
         retransmits,

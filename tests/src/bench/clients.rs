@@ -1,15 +1,31 @@
 //! Reads what the clients print: redis-benchmark's text, udp-rr's and iperf3's JSON.
 
 use anyhow::{Context, Result, bail};
+use serde::Serialize;
 use serde_json::Value;
 
-use crate::stats::Latency;
+/// What a client measured.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Latency {
+    /// Median in µs.
+    pub p50: f64,
+    /// 99th percentile in µs.
+    pub p99: f64,
+    /// 99.9th percentile in µs.
+    pub p99_9: f64,
+    /// Slowest request in µs.
+    pub max: f64,
+    /// Requests answered.
+    pub samples: u64,
+    /// (quantile, µs), ascending.
+    pub curve: Vec<(f64, f64)>,
+}
 
 /// Reads redis-benchmark's report for one test (Redis 7, `--precision 3`).
 ///
 /// p50, p99 and max stand in its summary. p99.9 does not: it is the least latency that its two distributions show for at least 99.9 % of the
 /// requests, so it is an upper bound and never flatters. Its histogram counts in steps of 8 µs and prints the upper edge of a step.
-pub(crate) fn redis_benchmark(text: &str) -> Result<Latency> {
+pub fn redis_benchmark(text: &str) -> Result<Latency> {
     // Progress is rewritten in place with carriage returns.
     let lines = || text.split(['\n', '\r']).map(str::trim);
     let mut points: Vec<(f64, u64)> = lines().filter_map(distribution_line).collect();
@@ -57,7 +73,7 @@ pub(crate) fn redis_benchmark(text: &str) -> Result<Latency> {
 }
 
 /// Requests per second of redis-benchmark's report.
-pub(crate) fn redis_benchmark_rate(text: &str) -> Result<f64> {
+pub fn redis_benchmark_rate(text: &str) -> Result<f64> {
     let number = text.lines().find_map(|line| {
         line.trim()
             .strip_prefix("throughput summary:")?
@@ -86,7 +102,7 @@ fn enough(samples: u64, quantile: f64) -> bool {
 }
 
 /// Reads what `udp-rr` prints.
-pub(crate) fn udp_rr(text: &str) -> Result<Latency> {
+pub fn udp_rr(text: &str) -> Result<Latency> {
     let value: Value = serde_json::from_str(text.trim())
         .with_context(|| format!("udp-rr printed: {}", excerpt(text)))?;
     let number = |key: &str| {
@@ -113,7 +129,7 @@ pub(crate) fn udp_rr(text: &str) -> Result<Latency> {
 }
 
 /// Gbit/s at the receiver and retransmits of `iperf3 --json`.
-pub(crate) fn iperf3(text: &str) -> Result<(f64, u64)> {
+pub fn iperf3(text: &str) -> Result<(f64, u64)> {
     let value: Value = serde_json::from_str(text.trim())
         .with_context(|| format!("iperf3 printed: {}", excerpt(text)))?;
     if let Some(error) = value.get("error").and_then(Value::as_str) {
