@@ -4,7 +4,10 @@
 //! write goes to a directory of their own.
 
 mod catalogue;
+mod figures;
 mod node;
+mod postgres;
 
-pub use catalogue::{App, Figures, PORT};
+pub use catalogue::{App, PORT};
+pub use figures::Figures;
 pub use node::{AppNode, AppPod, Guest, processes};

@@ -49,6 +49,16 @@ impl Arm {
         generation: Generation::V2,
         ..Self::KBP
     };
+    /// kbp on the machine's containerd with crun.
+    pub const KBP_CRUN: Self = Self {
+        oci: Oci::Crun,
+        ..Self::KBP
+    };
+    /// containerd's own shim on the machine's containerd with runc: what kbp must not differ from.
+    pub const STOCK: Self = Self {
+        runtime: Runtime::Stock,
+        ..Self::KBP
+    };
 }
 
 /// A node with a running containerd.

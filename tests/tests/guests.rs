@@ -10,11 +10,6 @@ use serde_json::json;
 
 kbp_tests::scenarios!(on [kbp_on_machine, kbp_on_v2]: a_storm_of_trapped_calls, kbp_outlives_containerd);
 
-const STOCK: Arm = Arm {
-    runtime: Runtime::Stock,
-    ..Arm::KBP
-};
-
 fn with_echo(lab: &Lab<'_>) {
     let echo = fixtures::echo().expect("echo server");
     lab.rootfs
@@ -74,14 +69,7 @@ fn a_storm_of_trapped_calls(lab: &Lab<'_>) {
 #[cfg(target_arch = "x86_64")]
 #[test]
 fn a_32_bit_program() {
-    for arm in [
-        STOCK,
-        Arm::KBP,
-        Arm {
-            oci: Oci::Crun,
-            ..Arm::KBP
-        },
-    ] {
+    for arm in [Arm::STOCK, Arm::KBP, Arm::KBP_CRUN] {
         on(arm, |lab| {
             let hello = fixtures::hello_i386().expect("i386 program");
             lab.rootfs.binary(&hello, "/usr/bin/hello").expect("copy");
@@ -117,7 +105,7 @@ fn a_32_bit_program() {
 /// A container with user ids of its own.
 #[test]
 fn a_user_namespace() {
-    for arm in [STOCK, Arm::KBP, Arm::KBP_V2] {
+    for arm in [Arm::STOCK, Arm::KBP, Arm::KBP_V2] {
         on(arm, |lab| {
             with_echo(lab);
             let pod = lab.pod("pod");
@@ -161,7 +149,7 @@ fn a_user_namespace() {
 #[test]
 fn a_supervisor_in_the_container() {
     for (arm, busy_poll, answer) in [
-        (STOCK, "auto", "ok"),
+        (Arm::STOCK, "auto", "ok"),
         (Arm::KBP, "off", "ok"),
         (Arm::KBP, "auto", "EBUSY"),
     ] {

@@ -207,13 +207,7 @@ fn every_server_busy_polls(lab: &Lab<'_>, seccomp: bool) {
 /// Without kbp none of these sockets polls: the looking itself is right.
 #[test]
 fn stock_servers_do_not_busy_poll() {
-    on(
-        Arm {
-            runtime: Runtime::Stock,
-            ..Arm::KBP
-        },
-        |lab| every_server_busy_polls(lab, true),
-    );
+    on(Arm::STOCK, |lab| every_server_busy_polls(lab, true));
 }
 
 #[test]
@@ -233,13 +227,7 @@ fn every_server_busy_polls_on_v2() {
 
 #[test]
 fn every_server_busy_polls_under_crun() {
-    on(
-        Arm {
-            oci: kbp_tests::Oci::Crun,
-            ..Arm::KBP
-        },
-        |lab| every_server_busy_polls(lab, true),
-    );
+    on(Arm::KBP_CRUN, |lab| every_server_busy_polls(lab, true));
 }
 
 /// The default window is what the state file says, and it is not zero on this machine.
@@ -352,18 +340,7 @@ fn an_exec_busy_polls(lab: &Lab<'_>) {
 #[test]
 fn trapped_calls_answer_as_ever() {
     let mut answers = Vec::new();
-    for arm in [
-        Arm {
-            runtime: Runtime::Stock,
-            ..Arm::KBP
-        },
-        Arm::KBP,
-        Arm::KBP_V2,
-        Arm {
-            oci: kbp_tests::Oci::Crun,
-            ..Arm::KBP
-        },
-    ] {
+    for arm in [Arm::STOCK, Arm::KBP, Arm::KBP_V2, Arm::KBP_CRUN] {
         on(arm, |lab| {
             let echo = fixtures::echo().expect("echo");
             lab.rootfs.binary(&echo, "/usr/bin/server").expect("copy");

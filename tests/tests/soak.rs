@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use kbp_tests::lab::{LIMIT, on};
-use kbp_tests::{Arm, Lab, Leftovers, Network, Oci, Pod, Sockets, fixtures, running, wait_until};
+use kbp_tests::{Arm, Lab, Leftovers, Network, Pod, Sockets, fixtures, running, wait_until};
 
 kbp_tests::scenarios!(on [kbp_on_machine, kbp_on_v2]: a_killed_shim_leaves_nothing, a_killed_node_is_cleared_at_the_next_start);
 
@@ -56,13 +56,7 @@ fn twenty_rounds_on_v2() {
 
 #[test]
 fn ten_rounds_under_crun() {
-    on(
-        Arm {
-            oci: Oci::Crun,
-            ..Arm::KBP
-        },
-        |lab| rounds(lab, 10),
-    );
+    on(Arm::KBP_CRUN, |lab| rounds(lab, 10));
 }
 
 /// Many at once: creations, deletions and claims cross each other.

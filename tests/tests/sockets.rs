@@ -9,14 +9,10 @@ use kbp_kernel::process::PidFd;
 use kbp_kernel::sockopt;
 use kbp_tests::apps::processes;
 use kbp_tests::lab::{LIMIT, join_netns, on, on_with};
-use kbp_tests::{Arm, Containerd, Lab, Run, Runtime, Settings, Tasks, fixtures, wait_until};
+use kbp_tests::{Arm, Containerd, Lab, Pod, Run, Runtime, Settings, Tasks, fixtures, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-const STOCK: Arm = Arm {
-    runtime: Runtime::Stock,
-    ..Arm::KBP
-};
 const WINDOW: u32 = 47;
 
 /// Everything that `ways make` makes, and whether it has the window.
@@ -105,6 +101,32 @@ fn windows(lab: &Lab<'_>, container: &str, told: &str) -> Result<BTreeMap<String
     Ok(windows)
 }
 
+/// Container `c` in a pod of its own, started from an edited spec, and what it says when it has gone every way.
+fn start_ways<'s>(lab: &Lab<'s>, edit: impl FnOnce(&mut serde_json::Value)) -> (Pod<'s>, String) {
+    with_ways(lab);
+    let pod = lab.pod("pod");
+    let mut spec = lab.spec("c", &["/usr/bin/ways", "make"]).expect("spec");
+    join_netns(&mut spec, &pod.netns.path());
+    // So that a set-user-id program is one.
+    spec["process"]["noNewPrivileges"] = false.into();
+    edit(&mut spec);
+    let log = lab.sandbox.dir().join("ways.log");
+    let run = lab
+        .container_of_spec("c", &spec)
+        .flag("--log-uri", format!("file://{}", log.display()));
+    lab.containerd.start_container(run).expect("start");
+    let told = wait_until("every way", LIMIT, || {
+        let told = std::fs::read_to_string(&log).unwrap_or_default();
+        // The first process and its four children.
+        match told.lines().filter(|l| l.ends_with("ready")).count() {
+            5 => Ok(told),
+            _ => Err(told),
+        }
+    })
+    .expect("ready");
+    (pod, told)
+}
+
 /// Whether exactly `had` have this window, of all that there are.
 fn only_these_have(windows: &BTreeMap<String, u32>, had: &[String], window: u32) -> bool {
     windows.iter().all(|(name, now)| {
@@ -116,27 +138,11 @@ fn only_these_have(windows: &BTreeMap<String, u32>, had: &[String], window: u32)
 #[test]
 fn what_is_there_follows_the_cpuset_and_the_quota() {
     on(Arm::KBP, |lab| {
-        with_ways(lab);
-        let pod = lab.pod("pod");
-        let mut spec = lab.spec("c", &["/usr/bin/ways", "make"]).expect("spec");
-        join_netns(&mut spec, &pod.netns.path());
-        spec["process"]["noNewPrivileges"] = false.into();
         let online = kbp_kernel::cpu::Topology::read().expect("CPUs").online;
         let first = online.iter().next().expect("a CPU").to_string();
-        spec["linux"]["resources"]["cpu"] = serde_json::json!({ "cpus": first });
-        let log = lab.sandbox.dir().join("ways.log");
-        let run = lab
-            .container_of_spec("c", &spec)
-            .flag("--log-uri", format!("file://{}", log.display()));
-        lab.containerd.start_container(run).expect("start");
-        let told = wait_until("every way", LIMIT, || {
-            let told = std::fs::read_to_string(&log).unwrap_or_default();
-            match told.lines().filter(|l| l.ends_with("ready")).count() {
-                5 => Ok(told),
-                _ => Err(told),
-            }
-        })
-        .expect("ready");
+        let (_pod, told) = start_ways(lab, |spec| {
+            spec["linux"]["resources"]["cpu"] = serde_json::json!({ "cpus": first });
+        });
         let now = || windows(lab, "c", &told).expect("windows");
         let before = now();
         let window = before["v4-accepted"];
@@ -180,28 +186,9 @@ fn what_is_there_follows_the_cpuset_and_the_quota() {
 }
 
 fn every_way_has_its_window(lab: &Lab<'_>) {
-    with_ways(lab);
-    let pod = lab.pod("pod");
-    let mut spec = lab.spec("c", &["/usr/bin/ways", "make"]).expect("spec");
-    join_netns(&mut spec, &pod.netns.path());
-    // So that a set-user-id program is one.
-    spec["process"]["noNewPrivileges"] = false.into();
-    spec["annotations"]["kbp.io/busy-poll"] = WINDOW.to_string().into();
-    let log = lab.sandbox.dir().join("ways.log");
-    let run = lab
-        .container_of_spec("c", &spec)
-        .flag("--log-uri", format!("file://{}", log.display()));
-    lab.containerd.start_container(run).expect("start");
-    let told = wait_until("every way", LIMIT, || {
-        let told = std::fs::read_to_string(&log).unwrap_or_default();
-        // The first process and its four children.
-        if told.lines().filter(|l| l.ends_with("ready")).count() == 5 {
-            Ok(told)
-        } else {
-            Err(told)
-        }
-    })
-    .expect("ready");
+    let (_pod, told) = start_ways(lab, |spec| {
+        spec["annotations"]["kbp.io/busy-poll"] = WINDOW.to_string().into();
+    });
     let windows = windows(lab, "c", &told).expect("windows");
     let kbp = lab.arm.runtime == Runtime::Kbp;
     for (name, set) in WAYS {
@@ -214,7 +201,7 @@ fn every_way_has_its_window(lab: &Lab<'_>) {
 
 #[test]
 fn every_way_to_a_socket_under_stock_has_none() {
-    on(STOCK, every_way_has_its_window);
+    on(Arm::STOCK, every_way_has_its_window);
 }
 
 #[test]
@@ -247,7 +234,7 @@ fn run_for(containerd: &Containerd<'_>, run: &Run, limit: Duration) -> String {
 
 #[test]
 fn no_call_is_lost_under_stock() {
-    on(STOCK, no_call_is_lost);
+    on(Arm::STOCK, no_call_is_lost);
 }
 
 #[test]

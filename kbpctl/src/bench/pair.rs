@@ -1,8 +1,10 @@
 //! A server and a client of one arm, in containers or not, and the processes around them.
 
+mod root;
+mod sockperf;
+
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,7 +13,7 @@ use kbp_kernel::CpuId;
 use kbp_kernel::link::{Batch, RouteSocket};
 use kbp_kernel::netns::Netns;
 use kbp_poller::state;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::app::App;
 use super::arm::{Arm, Link, Runtime};
@@ -119,104 +121,6 @@ impl Node {
 
     fn shared(&self) -> PathBuf {
         self.dir().join("shared")
-    }
-
-    /// A root with nothing in it: programs and libraries are the node's own, mounted read-only, so the two sides of a comparison run
-    /// the same files, and whatever is installed can be measured.
-    fn make_root(&self) -> Result<()> {
-        let root = self.dir().join("root");
-        let make = |dir: &Path| {
-            std::fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))
-        };
-        for dir in [
-            "proc", "sys", "dev", "run", "etc", "tmp", "var/log", "bench",
-        ] {
-            make(&root.join(dir))?;
-        }
-        make(&self.shared())?;
-        for (name, is_dir) in system_dirs() {
-            match is_dir {
-                true => make(&root.join(&name))?,
-                false => {
-                    let from = Path::new("/").join(&name);
-                    let target = std::fs::read_link(&from)
-                        .with_context(|| format!("read {}", from.display()))?;
-                    let link = root.join(&name);
-                    symlink(target, &link).with_context(|| format!("link {}", link.display()))?;
-                }
-            }
-        }
-        let files = [
-            ("kbpctl", ""),
-            ("etc/ld.so.cache", ""),
-            (
-                "etc/passwd",
-                "root:x:0:0:root:/:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
-            ),
-            ("etc/group", "root:x:0:\nnogroup:x:65534:\n"),
-        ];
-        for (name, text) in files {
-            let file = root.join(name);
-            std::fs::write(&file, text).with_context(|| format!("write {}", file.display()))?;
-        }
-        for app in App::ALL {
-            if let Some((name, text)) = app.config() {
-                let file = self.shared().join(name);
-                std::fs::write(&file, text).with_context(|| format!("write {}", file.display()))?;
-            }
-        }
-        Ok(())
-    }
-
-    fn spec_of(
-        &self,
-        id: &str,
-        command: &[String],
-        cpu: CpuId,
-        netns: &Path,
-        arm: &Arm,
-    ) -> Result<Value> {
-        let mut spec = self.spec.clone();
-        spec["process"]["args"] = json!(command);
-        spec["process"]["terminal"] = json!(false);
-        spec["process"]["cwd"] = json!("/");
-        // Nothing of the person's own environment.
-        spec["process"]["env"] =
-            json!(["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]);
-        spec["root"] = json!({ "path": self.dir().join("root"), "readonly": false });
-        spec["hostname"] = json!(id);
-        spec["linux"]["cgroupsPath"] = json!(format!("/{}/{id}", self.keeper.kept().name));
-        spec["linux"]["resources"]["cpu"] = json!({ "cpus": cpu.to_string() });
-        let annotations: serde_json::Map<String, Value> = arm
-            .annotations
-            .iter()
-            .map(|(key, value)| (key.clone(), json!(value)))
-            .collect();
-        spec["annotations"] = Value::Object(annotations);
-        let own = std::env::current_exe().context("find this program")?;
-        let bind = |from: &Path, to: &str, mode: &str| json!({ "type": "bind", "source": from, "destination": to, "options": ["rbind", mode] });
-        let mut mounts = vec![
-            bind(&own, PROGRAM, "ro"),
-            bind(&self.shared(), SHARED, "rw"),
-        ];
-        for (name, is_dir) in system_dirs() {
-            if is_dir {
-                mounts.push(bind(&Path::new("/").join(&name), &format!("/{name}"), "ro"));
-            }
-        }
-        let cache = Path::new("/etc/ld.so.cache");
-        if cache.exists() {
-            mounts.push(bind(cache, "/etc/ld.so.cache", "ro"));
-        }
-        match spec["mounts"].as_array_mut() {
-            Some(there) => there.extend(mounts),
-            None => spec["mounts"] = json!(mounts),
-        }
-        if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
-            namespaces.retain(|n| n["type"] != "network");
-            namespaces.push(json!({ "type": "network", "path": netns }));
-        }
-        Ok(spec)
     }
 
     /// Starts a container attached to the arm's network.
@@ -372,39 +276,6 @@ impl Node {
         })
     }
 
-    /// The same question to a tool that is not ours, in the same containers.
-    fn sockperf(&self, server: &Pod, client: &Pod, job: &Job) -> Result<(f64, f64)> {
-        const PORT: &str = "11111";
-        let size = job.size.max(14).to_string();
-        // In the background of a shell that ends: of a detached exec containerd 1.6 keeps the pipes for good.
-        let serve =
-            format!("sockperf server --ip 0.0.0.0 --port {PORT} </dev/null >/dev/null 2>&1 &");
-        self.ctr
-            .exec(&server.id, "sockperf", &["sh", "-c", &serve], START)?
-            .good()?;
-        let to = server.address.to_string();
-        // It takes whole seconds only; fewer than ours, so that --quick stays quick.
-        let seconds = job.seconds.floor().max(1.0).to_string();
-        let out = format!("sockperf-{}", self.count);
-        // Bound to a port: left alone, sockperf's UDP client neither binds nor connects, so kbp never sees its socket; kbpctl's connects.
-        // Again where its server was not there yet, or a second held too few requests for its taste.
-        // Into a file: what ctr prints of a process that ends is not always whole.
-        let script = format!(
-            "for i in 1 2 3 4 5 6 7 8 9; do sockperf ping-pong --ip {to} --port {PORT} --time {seconds} --msg-size {size} --full-rtt --client_port 11112 >{SHARED}/{out} 2>&1; grep -q percentile {SHARED}/{out} && exit; sleep 0.1; done"
-        );
-        let limit = Duration::from_secs_f64(10.0 * job.seconds.ceil()) + START;
-        let said = self
-            .ctr
-            .exec(&client.id, "sockperf", &["sh", "-c", &script], limit)?;
-        let text = std::fs::read_to_string(self.shared().join(&out)).unwrap_or_default();
-        sockperf_percentiles(&text).with_context(|| {
-            format!(
-                "sockperf gave no percentiles (is it installed?): {text} {}",
-                said.stderr
-            )
-        })
-    }
-
     /// What kbp says it could not give to these pods.
     fn inactive(&self, pods: &[&Pod]) -> Result<Vec<String>> {
         let states = state::read_all(&self.state_dir)?;
@@ -494,44 +365,4 @@ fn new_netns() -> Result<(Netns, PathBuf)> {
         netns.as_fd().as_raw_fd()
     );
     Ok((netns, PathBuf::from(path)))
-}
-
-/// Where programs and libraries are: name below `/`, and whether it is a directory (else a link to one).
-fn system_dirs() -> Vec<(String, bool)> {
-    [
-        "usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "nix", "gnu",
-    ]
-    .into_iter()
-    .filter_map(|name| {
-        let kind = Path::new("/")
-            .join(name)
-            .symlink_metadata()
-            .ok()?
-            .file_type();
-        (kind.is_dir() || kind.is_symlink()).then(|| (name.to_owned(), kind.is_dir()))
-    })
-    .collect()
-}
-
-/// Median and 99th percentile, in µs.
-fn sockperf_percentiles(text: &str) -> Option<(f64, f64)> {
-    let at = |percentile: &str| {
-        let line = text
-            .lines()
-            .find(|l| l.contains(&format!("percentile {percentile} =")))?;
-        line.split('=').nth(1)?.trim().parse().ok()
-    };
-    Some((at("50.000")?, at("99.000")?))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sockperfs_words_are_understood() {
-        let text = "sockperf: ---> <MAX> observation =  100.1\nsockperf: ---> percentile 99.000 =   30.250\nsockperf: ---> percentile 50.000 =   12.345\n";
-        assert_eq!(sockperf_percentiles(text), Some((12.345, 30.25)));
-        assert_eq!(sockperf_percentiles("sockperf: ERROR"), None);
-    }
 }
