@@ -108,7 +108,7 @@ pub(crate) struct Common {
     #[arg(long, value_name = "SECONDS", default_value_t = 0.5, value_parser = positive)]
     warm_up: f64,
     /// What is compared: stock, veth, kbp, kbp-none, kbp-idle, kbp-shared, kbp-dedicated, kbp-no-window, spinner, spin-floor,
-    /// loopback, or NAME=RUNTIME[@CONFLIST].
+    /// loopback, or one of your own: NAME=RUNTIME or NAME=RUNTIME@CONFLIST.
     #[arg(long, value_name = "ARMS", value_delimiter = ',', default_values = ["stock", "kbp", "spinner"])]
     arms: Vec<Arm>,
     /// Bytes of a request.

@@ -70,7 +70,7 @@ pub(crate) fn replace(path: &Path, temporary: &Path, state: &impl Serialize) -> 
     })
 }
 
-/// Removes the half-written files of processes that are gone: one that is killed in the middle of [`write`] leaves its own.
+/// Removes the half-written files of processes that are gone: one that is killed in the middle of [`write()`] leaves its own.
 pub(crate) fn sweep_unfinished(state_dir: &Path) -> Result<()> {
     let pods = pods_dir(state_dir);
     let entries = match fs::read_dir(&pods) {
