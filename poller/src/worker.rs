@@ -61,7 +61,7 @@ impl Worker {
     /// Whether it polls the pods' ends, too, beside the pods' own sockets.
     ///
     /// One that gives way to everybody does no harm there, and between requests that are far apart it halves the round trip once more
-    /// (docs/architecture.md). On a CPU of the pool it would draw the packets over to that CPU.
+    /// (docs/workers.md). On a CPU of the pool it would draw the packets over to that CPU.
     pub(crate) fn polls_pod_ends(&self) -> bool {
         self.state.idle_class && self.caveat.is_none() && self.kind == Kind::Sqpoll
     }
@@ -129,7 +129,7 @@ pub(crate) fn unwanted(asked: WorkerPolicy, pool: &CpuSet, sockets: &Sockets) ->
     match asked {
         WorkerPolicy::None => Some("none asked for".to_owned()),
         // Not idle. Beside polling sockets an idle-class worker gains only where requests are far apart (1 ms: p50 30
-        // instead of 59 µs), and has its CPU busy all the time for it. docs/architecture.md has the table.
+        // instead of 59 µs), and has its CPU busy all the time for it. docs/workers.md has the table.
         WorkerPolicy::Auto if pool.is_empty() => Some(format!(
             "auto: the node has no CPU pool; {}",
             match sockets {

@@ -31,7 +31,7 @@ impl Kind {
     /// Between the others the ring is first: it polls without a system call a round, and parks by itself if its owner hangs.
     ///
     /// For throughput a thread that is woken finds more packets at a time than one that looks for each, and leaves its CPU to the
-    /// receiver in between (docs/architecture.md has the figures). Not in the idle class: packets would wait for an idle CPU.
+    /// receiver in between (docs/workers.md has the figures). Not in the idle class: packets would wait for an idle CPU.
     pub(super) fn of_policy(policy: WorkerPolicy, profile: Profile) -> &'static [Self] {
         match (policy, profile) {
             (WorkerPolicy::Dedicated | WorkerPolicy::Shared, Profile::Throughput) => {
