@@ -129,6 +129,7 @@ impl Engine {
             profile: request.policy.profile,
             for_worker: placing(&request).unwanted().is_none(),
             deferral: Deferral::of(&request),
+            resting: Arc::default(),
         };
         let mut parts = Parts::find_and_tune(&request, &terms, &tuner, veths, not_pollable);
         // Placement looks at what the others hold and then writes what this one takes: one after the other, or two pods

@@ -48,11 +48,13 @@ pub enum Feature {
     EpollParams,
     /// Settings of single NAPI instances (`napi-set`): packets never wait for whoever polls.
     NapiSettings,
+    /// The way around the NAPI for packets that nobody polls for.
+    ShortWay,
 }
 
 impl Feature {
     /// Every feature that can be switched off.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Napi,
         Self::Kthread,
         Self::Threaded,
@@ -61,6 +63,7 @@ impl Feature {
         Self::SeccompNotify,
         Self::EpollParams,
         Self::NapiSettings,
+        Self::ShortWay,
     ];
 }
 
@@ -75,6 +78,7 @@ impl fmt::Display for Feature {
             Self::SeccompNotify => "seccomp-notify",
             Self::EpollParams => "epoll-params",
             Self::NapiSettings => "napi-settings",
+            Self::ShortWay => "short-way",
         })
     }
 }

@@ -18,6 +18,13 @@ const DEEP: Duration = Duration::from_millis(LEASE.as_millis() as u64 * 16);
 /// Silence after which nothing is expected soon.
 const LULL: Duration = Duration::from_secs(10);
 
+/// How long a worker has not been wanted when the packets of its pod are to take the short way, around the NAPI that nobody polls.
+const REST: Duration = Duration::from_secs(1);
+
+/// To change the way is half a millisecond of work, so a pod that its worker is wanted for every few seconds is left as it is: each rest that was
+/// shorter than this makes the next one begin later, up to this late.
+const LONG_REST: Duration = Duration::from_secs(30);
+
 /// Packets a second below which a worker on borrowed cycles is not worth keeping awake: it would spin for more than
 /// 10 ms for each packet it gets.
 const WORTHWHILE: u64 = 100;
@@ -47,6 +54,10 @@ pub(crate) struct Pace {
     silent: Duration,
     /// Longest interval.
     longest: Duration,
+    /// Time since the lease was renewed last.
+    unwanted: Duration,
+    /// How much of that makes a rest.
+    rest_after: Duration,
 }
 
 impl Pace {
@@ -60,7 +71,14 @@ impl Pace {
             silent: Duration::ZERO,
             // Who gives it a CPU wants it back soon.
             longest: if own_cpu { QUIET } else { DEEP },
+            unwanted: Duration::ZERO,
+            rest_after: REST,
         }
+    }
+
+    /// Whether the worker has not been wanted for so long that packets need not come its way.
+    pub(crate) fn rests(&self) -> bool {
+        self.unwanted >= self.rest_after
     }
 
     /// How long to wait before the counters are read again.
@@ -70,6 +88,23 @@ impl Pace {
 
     /// Takes the counters `elapsed` after they were taken last; true when the lease is to be renewed.
     pub(crate) fn tick(&mut self, packets: u64, elapsed: Duration) -> bool {
+        let renew = self.is_wanted(packets, elapsed);
+        if !renew {
+            self.unwanted += elapsed;
+            return false;
+        }
+        if self.rests() {
+            self.rest_after = if self.unwanted >= LONG_REST {
+                REST
+            } else {
+                (self.rest_after * 2).min(LONG_REST)
+            };
+        }
+        self.unwanted = Duration::ZERO;
+        true
+    }
+
+    fn is_wanted(&mut self, packets: u64, elapsed: Duration) -> bool {
         // A link that was made anew counts from 0.
         let new = packets.checked_sub(self.packets).unwrap_or(packets);
         self.packets = packets;
@@ -175,6 +210,37 @@ mod tests {
         assert!(borrowed.tick(19, MS * 100));
         assert!(own.tick(1, MS * 400));
         assert!(!own.tick(1, MS * 400), "no packet, no polling");
+    }
+
+    /// A pod that is silent, or trickles, for `rest` and then speaks; whether it rested.
+    fn rest_of(pace: &mut Pace, packets: &mut u64, rest: Duration) -> bool {
+        let mut passed = Duration::ZERO;
+        while passed < rest {
+            passed += pace.interval();
+            *packets += 1;
+            assert!(!pace.tick(*packets, pace.interval()));
+        }
+        let rested = pace.rests();
+        *packets += 1000;
+        assert!(pace.tick(*packets, pace.interval()));
+        assert!(!pace.rests());
+        rested
+    }
+
+    #[test]
+    fn a_pod_that_its_worker_is_not_wanted_for_rests_and_one_that_speaks_again_and_again_does_not()
+    {
+        let (mut pace, mut packets) = (Pace::new(0, false), 0);
+        assert!(!pace.rests());
+        let second = Duration::from_secs(1);
+        assert!(!rest_of(&mut pace, &mut packets, second / 2));
+        let rests: Vec<bool> = (0..6)
+            .map(|_| rest_of(&mut pace, &mut packets, second * 5))
+            .collect();
+        assert_eq!(rests, [true, true, true, false, false, false]);
+        // A long silence is no flutter.
+        assert!(rest_of(&mut pace, &mut packets, LONG_REST));
+        assert!(rest_of(&mut pace, &mut packets, second * 2));
     }
 
     #[test]

@@ -66,6 +66,11 @@ impl Worker {
         self.state.idle_class && self.caveat.is_none() && self.kind == Kind::Sqpoll
     }
 
+    /// Whether packets may take another way than through the NAPIs while it sleeps. Not with sockets: they know their NAPIs by packets.
+    pub(crate) fn can_do_without_packets(&self) -> bool {
+        self.kind != Kind::Socket
+    }
+
     /// Whether it is parked now.
     pub(crate) fn is_parked(&self) -> bool {
         self.poller.is_asleep()

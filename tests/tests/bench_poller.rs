@@ -55,6 +55,10 @@ fn a_quick_run_measures_every_kind_of_worker_that_there_is() {
         }
         assert!(table.contains(&format!("| {kind} | 10 |")), "{table}");
     }
+    if report["wanting"]["sqpoll, prefer"].is_null() {
+        number(&report, "round_us_a_napi");
+        assert!(table.contains("A NAPI more makes a round"), "{table}");
+    }
     for kind in ["stock", "softirq", "sqpoll, chained", "threaded, chained"] {
         if report["wanting"][kind].is_string() {
             continue;

@@ -396,11 +396,13 @@ impl Kept {
     }
 
     fn tick(&mut self, key: PodKey, now: Instant) {
-        if let Some(pod) = self.pods.get_mut(&key)
-            && pod.tick(&mut self.counters, now, self.epoch)
-        {
+        let Some(pod) = self.pods.get_mut(&key) else {
+            return;
+        };
+        if pod.tick(&mut self.counters, now, self.epoch) {
             self.workers.ask_for_lease(pod);
         }
+        pod.choose_way(self.workers.allow_rest(pod));
     }
 
     /// Starts the leases that were asked for; true when namespaces and loads are to be looked at.

@@ -252,6 +252,13 @@ impl Pod {
         renew
     }
 
+    /// Has its packets take the short way while its worker is not wanted. The next look sees to it: it asks the kernel without the lock.
+    pub(super) fn choose_way(&mut self, may_rest: bool) {
+        if self.tuner().set_resting(may_rest && self.pace.rests()) {
+            self.refresh_soon();
+        }
+    }
+
     pub(super) fn count(&mut self, counters: &mut RouteSocket) {
         let now = self.read_counters(counters);
         // A link that was made anew counts from 0.

@@ -10,6 +10,7 @@ use kbp_kernel::{CpuId, IfIndex, NapiId};
 
 use super::Pod;
 use crate::claim::Claim;
+use crate::config::Feature;
 use crate::place::{Placed, Placing};
 use crate::policy::{Profile, WorkerPolicy};
 use crate::record::{End, Findings, Napis};
@@ -316,6 +317,13 @@ impl Workers {
             }
         }
         self.leave(key, &Napis::new());
+    }
+
+    /// Whether the pod's packets may take the short way while its worker sleeps.
+    pub(super) fn allow_rest(&self, pod: &Pod) -> bool {
+        let slot = pod.worker.and_then(|key| self.slots.get(&key));
+        slot.is_some_and(|slot| slot.worker.can_do_without_packets())
+            && !pod.placing.config.disable.contains(&Feature::ShortWay)
     }
 
     /// The pod has traffic.

@@ -169,7 +169,9 @@ fn all() -> Vec<Change> {
 pub(crate) fn times_to_notice(change: &Change, times: u32) -> Vec<Duration> {
     let node = Node::new();
     // With a worker, so that both ends matter.
-    let attachment = node.attached(node.request("a", WorkerPolicy::Idle, ""));
+    // Without a rest, in which TSO is on in the pod.
+    let always = "disable = [\"short-way\"]";
+    let attachment = node.attached(node.request("a", WorkerPolicy::Idle, always));
     let scene = Scene {
         node,
         elsewhere: Node::empty(),

@@ -10,6 +10,7 @@ mod find;
 mod gives_way;
 mod idle;
 mod node;
+mod rest;
 mod tool;
 mod uplink;
 mod workers;

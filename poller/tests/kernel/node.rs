@@ -17,7 +17,7 @@ use kbp_poller::config::Config;
 use kbp_poller::policy::{Policy, WorkerPolicy};
 use kbp_poller::window::Window;
 
-const HOST_ADDRESS: &str = "10.200.0.1/30";
+pub(crate) const HOST_ADDRESS: &str = "10.200.0.1/30";
 const POD_ADDRESS: &str = "10.200.0.2/30";
 
 /// Longest wait for anything; generous, since other tests use the same CPUs. The CPUs of an emulated machine are slow and may

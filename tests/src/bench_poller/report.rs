@@ -32,6 +32,18 @@ pub(crate) struct Results {
 }
 
 impl Results {
+    /// By how much a round of the ring is longer for each NAPI that it goes over: from the workers that packets wait for.
+    fn round_us_a_napi(&self) -> Option<f64> {
+        let p50 = |veths| {
+            let samples = self.workers.get(&(Kind::SqpollPrefer, veths))?;
+            median(samples.iter().map(|s| s.latency.p50_us))
+        };
+        let exclusive = self.workers.keys().filter(|k| k.0 == Kind::SqpollPrefer);
+        let most = exclusive.map(|(_, veths)| *veths).max().filter(|m| *m > 1)?;
+        // A packet comes in the middle of a round, on average.
+        Some(2.0 * (p50(most)? - p50(1)?) / f64::from(most - 1))
+    }
+
     /// For the file: each measurement with its medians and its rounds.
     pub(crate) fn json(&self) -> Value {
         let programs: Vec<_> = self
@@ -103,7 +115,7 @@ impl Results {
             .collect();
         json!({
             "machine": self.machine, "other_work": self.other_work, "rounds": self.rounds,
-            "programs": programs, "workers": workers, "filters": filters, "wanting": wanting, "ends": ends,
+            "programs": programs, "workers": workers, "round_us_a_napi": self.round_us_a_napi(), "filters": filters, "wanting": wanting, "ends": ends,
             "daemon": self.daemon,
         })
     }
@@ -200,14 +212,11 @@ fn workers(results: &Results) -> String {
             over(samples, |s| s.cpus),
         );
     }
-    let exclusive = |veths| results.workers.get(&(Kind::SqpollPrefer, veths));
-    if let (Some(one), Some(many)) = (exclusive(1), exclusive(100)) {
-        let p50 = |samples: &[workers::Sample]| over(samples, |s| s.latency.p50_us);
-        // A packet comes in the middle of a round, on average.
-        let each = 2.0 * (p50(many) - p50(one)) / 99.0;
+    if let Some(each) = results.round_us_a_napi() {
         let _ = writeln!(
             text,
-            "\nA NAPI more makes a round of the ring {each:.2} µs longer (from sqpoll, prefer with 1 and 100 veths, where packets wait for the round)."
+            "\nA NAPI more makes a round of the ring {each:.2} µs longer (from {} with one and with most veths, where packets wait for the round).",
+            Kind::SqpollPrefer.name()
         );
     }
     for (kind, why) in &results.wanting {

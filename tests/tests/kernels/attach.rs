@@ -1,9 +1,10 @@
 //! Attach and detach on another kernel.
 
 use kbp_kernel::ethtool::{self, Features};
+use kbp_kernel::gro_list::GroList;
 use kbp_kernel::napi::{NapiSettings, NetdevSocket, Threaded};
 use kbp_poller::attach::{Attachment, clear_leftovers};
-use kbp_poller::policy::{BusyPollMode, WorkerPolicy};
+use kbp_poller::policy::{BusyPollMode, Profile, WorkerPolicy};
 use kbp_poller::state::{self, Degraded, Part};
 
 use crate::changes;
@@ -16,8 +17,14 @@ use crate::node::{Node, any_cpu, ip, thread_lives, wait_parked, wait_until};
 const SOME: u64 = 3;
 
 fn attach(node: &Node, worker: WorkerPolicy, config: &str) -> Attachment {
+    attach_as(node, worker, Profile::Latency, config)
+}
+
+fn attach_as(node: &Node, worker: WorkerPolicy, profile: Profile, config: &str) -> Attachment {
     let config = format!("cpus = \"{}\"\n{config}", any_cpu());
-    node.attached(node.request("a", worker, &config))
+    let mut request = node.request("a", worker, &config);
+    request.policy.profile = profile;
+    node.attached(request)
 }
 
 fn degraded(attachment: &Attachment) -> Vec<Degraded> {
@@ -35,25 +42,28 @@ fn says(degraded: &[Degraded], part: Part, reasons: &[&str]) {
 
 /// A worker of `kind`, and no other.
 fn only(kind: &str) -> String {
-    let others = ["kthread", "sqpoll", "socket"].into_iter();
+    let others = ["kthread", "threaded", "sqpoll", "socket"].into_iter();
     let others: Vec<&str> = others.filter(|k| *k != kind).collect();
     format!("disable = {others:?}\n")
 }
 
 /// Attaches, and expects a worker of this kind that polls, follows its link, parks and leaves no trace.
-fn works(policy: WorkerPolicy, config: &str, kind: &str) {
+fn works(policy: WorkerPolicy, profile: Profile, config: &str, kind: &str) {
     let node = Node::new();
-    let attachment = attach(&node, policy, config);
+    let attachment = attach_as(&node, policy, profile, config);
     let state = attachment.state();
     assert_eq!(state.degraded, [], "{kind}");
     let worker = state.worker.expect("a worker");
     assert_eq!(worker.kind, kind, "{policy}");
-    let features = ethtool::features(&node.host, "vhost0").expect("features");
-    let pollable = Features {
-        gro: true,
-        tso: false,
-    };
-    assert_eq!(features, pollable);
+    // Datagrams of a sender that has TSO on come to the NAPI where that chains them.
+    let tso = profile == Profile::Throughput;
+    for (netns, name) in [(&node.host, "vhost0"), (&node.pod, "eth0")] {
+        let features = ethtool::features(netns, name).expect("features");
+        assert_eq!(features, Features { gro: true, tso }, "{name}");
+    }
+    let link = node.host_link("vhost0").index;
+    let mut lists = GroList::open_in(&node.host).expect("ethtool family");
+    assert_eq!(lists.is_on(link).expect("rx-gro-list"), tso);
     let traffic = node.traffic();
     traffic.wait_taken(SOME);
     // A link that goes down and up has another NAPI.
@@ -79,7 +89,9 @@ fn works(policy: WorkerPolicy, config: &str, kind: &str) {
 fn the_worker_is_the_best_of_this_kernel_and_polls_in_a_guest() {
     let known = Known::here();
     for policy in [WorkerPolicy::Dedicated, WorkerPolicy::Shared] {
-        works(policy, "", known.worker(policy));
+        for profile in [Profile::Latency, Profile::Throughput] {
+            works(policy, profile, "", known.worker(policy, profile));
+        }
     }
 }
 
@@ -88,23 +100,28 @@ fn the_worker_is_the_best_of_this_kernel_and_polls_in_a_guest() {
 #[ignore = "run in an emulated machine by linux_*"]
 fn every_kind_works_or_tells_what_it_lacks_in_a_guest() {
     let known = Known::here();
-    for (kind, there, reason) in [
-        ("kthread", known.kthread, "netdev nap"),
-        ("sqpoll", known.sqpoll, "static NAPI tracking"),
-        ("socket", true, ""),
+    let (latency, throughput) = (Profile::Latency, Profile::Throughput);
+    for (kind, profile, there, reason) in [
+        ("kthread", latency, known.kthread, "netdev nap"),
+        ("threaded", throughput, known.threaded, "netdev nap"),
+        ("sqpoll", latency, known.sqpoll, "static NAPI tracking"),
+        ("sqpoll", throughput, known.sqpoll, "static NAPI tracking"),
+        ("socket", latency, true, ""),
+        ("socket", throughput, true, ""),
     ] {
         if there {
-            works(WorkerPolicy::Dedicated, &only(kind), kind);
+            works(WorkerPolicy::Dedicated, profile, &only(kind), kind);
             continue;
         }
         let node = Node::new();
-        let attachment = attach(&node, WorkerPolicy::Dedicated, &only(kind));
+        let attachment = attach_as(&node, WorkerPolicy::Dedicated, profile, &only(kind));
         says(&degraded(&attachment), Part::Worker, &[reason]);
         assert_eq!(attachment.state().worker, None);
         drop(attachment);
 
         let config = format!("cpus = \"{}\"\n{}", any_cpu(), only(kind));
         let mut request = node.request("a", WorkerPolicy::Dedicated, &config);
+        request.policy.profile = profile;
         request.policy.required = true;
         let error = node.attach(request).expect_err("required").to_string();
         assert!(error.contains(reason), "{error}");

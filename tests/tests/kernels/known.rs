@@ -1,7 +1,7 @@
 //! What is known of each kernel. The code never looks at versions: it tries. These tests say that what it finds is what is there.
 
 use kbp_kernel::probe;
-use kbp_poller::policy::WorkerPolicy;
+use kbp_poller::policy::{Profile, WorkerPolicy};
 
 /// What a kernel of a series has.
 #[derive(Debug)]
@@ -13,6 +13,8 @@ pub(crate) struct Known {
     pub(crate) epoll: bool,
     /// SQPOLL with static NAPI tracking (6.13).
     pub(crate) sqpoll: bool,
+    /// `napi-set threaded=enabled` (6.17).
+    pub(crate) threaded: bool,
     /// `napi-set threaded=busy-poll` (6.19).
     pub(crate) kthread: bool,
 }
@@ -23,6 +25,7 @@ const KERNELS: [Known; 4] = [
         napi_ids: false,
         epoll: false,
         sqpoll: false,
+        threaded: false,
         kthread: false,
     },
     Known {
@@ -30,6 +33,7 @@ const KERNELS: [Known; 4] = [
         napi_ids: true,
         epoll: true,
         sqpoll: false,
+        threaded: false,
         kthread: false,
     },
     Known {
@@ -37,6 +41,7 @@ const KERNELS: [Known; 4] = [
         napi_ids: true,
         epoll: true,
         sqpoll: true,
+        threaded: true,
         kthread: false,
     },
     Known {
@@ -44,6 +49,7 @@ const KERNELS: [Known; 4] = [
         napi_ids: true,
         epoll: true,
         sqpoll: true,
+        threaded: true,
         kthread: true,
     },
 ];
@@ -62,9 +68,10 @@ impl Known {
     }
 
     /// Kind of worker that a policy comes to.
-    pub(crate) fn worker(&self, policy: WorkerPolicy) -> &'static str {
-        match policy {
-            WorkerPolicy::Dedicated if self.kthread => "kthread",
+    pub(crate) fn worker(&self, policy: WorkerPolicy, profile: Profile) -> &'static str {
+        match (policy, profile) {
+            (WorkerPolicy::Dedicated, Profile::Latency) if self.kthread => "kthread",
+            (_, Profile::Throughput) if self.threaded => "threaded",
             _ if self.sqpoll => "sqpoll",
             _ => "socket",
         }

@@ -226,6 +226,7 @@ fn idle_workers_are_in_the_idle_cgroup(hierarchy: &str) {
         let thread = format!("/proc/{}", worker.tid);
         (!Path::new(&thread).exists()).then_some(())
     });
+    assert!(!group.exists(), "an empty cgroup stays");
     ip(&host, "netns delete pod");
 }
 
