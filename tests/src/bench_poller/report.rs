@@ -39,9 +39,24 @@ impl Results {
             median(samples.iter().map(|s| s.latency.p50_us))
         };
         let exclusive = self.workers.keys().filter(|k| k.0 == Kind::SqpollPrefer);
-        let most = exclusive.map(|(_, veths)| *veths).max().filter(|m| *m > 1)?;
+        let most = exclusive
+            .map(|(_, veths)| *veths)
+            .max()
+            .filter(|m| *m > 1)?;
         // A packet comes in the middle of a round, on average.
         Some(2.0 * (p50(most)? - p50(1)?) / f64::from(most - 1))
+    }
+
+    /// The first packets of all rounds: on stock veths and attached.
+    fn first_packets(&self) -> Option<[road::Latency; 2]> {
+        let (first, rest) = self.daemon.split_first()?;
+        let mut all = first.first.clone();
+        for sample in rest {
+            for (sum, one) in all.iter_mut().zip(&sample.first) {
+                sum.add(one).ok()?;
+            }
+        }
+        Some(all.each_ref().map(road::Latency::of))
     }
 
     /// For the file: each measurement with its medians and its rounds.
@@ -117,6 +132,7 @@ impl Results {
             "machine": self.machine, "other_work": self.other_work, "rounds": self.rounds,
             "programs": programs, "workers": workers, "round_us_a_napi": self.round_us_a_napi(), "filters": filters, "wanting": wanting, "ends": ends,
             "daemon": self.daemon,
+            "first_packets": self.first_packets().map(|[stock, attached]| json!({ "stock": stock, "attached": attached })),
         })
     }
 }
@@ -128,7 +144,7 @@ pub(crate) fn tables(results: &Results) -> String {
         workers(results),
         filters(results),
         ends(results),
-        daemon(&results.daemon),
+        daemon(results),
     ];
     parts.concat()
 }
@@ -284,10 +300,11 @@ fn ends(results: &Results) -> String {
     text
 }
 
-fn daemon(samples: &[node::Sample]) -> String {
-    if samples.is_empty() {
+fn daemon(results: &Results) -> String {
+    let samples = &results.daemon[..];
+    let Some([first_stock, first]) = results.first_packets() else {
         return String::new();
-    }
+    };
     let mut text = "100 pods on one shared worker of the daemon\n\n| | |\n|---|---:|\n".to_owned();
     let mut row = |what: &str, value: String| {
         let _ = writeln!(text, "| {what} | {value} |");
@@ -322,16 +339,16 @@ fn daemon(samples: &[node::Sample]) -> String {
         format!("{:.2}", over(samples, |s| a(s) / b(s)))
     };
     row(
-        "first packet after a silence, stock",
-        latency(samples, |s| s.first_stock),
+        "first packet after a silence, stock, all rounds",
+        first_stock.to_string(),
     );
     row(
-        "first packet after a silence, attached",
-        latency(samples, |s| s.first_kbp),
+        "first packet after a silence, attached, all rounds",
+        first.to_string(),
     );
     row(
         "its p99 to stock's",
-        ratio(|s| s.first_kbp.p99_us, |s| s.first_stock.p99_us),
+        format!("{:.2}", first.p99_us / first_stock.p99_us),
     );
     row("packet on a stock veth", latency(samples, |s| s.stock));
     row(

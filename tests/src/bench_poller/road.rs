@@ -23,6 +23,16 @@ pub(crate) struct Latency {
     pub(crate) p99_9_us: f64,
 }
 
+impl std::fmt::Display for Latency {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{:.1} / {:.1} / {:.0}",
+            self.p50_us, self.p99_us, self.p99_9_us
+        )
+    }
+}
+
 impl Latency {
     /// Of a histogram of nanoseconds.
     pub(crate) fn of(histogram: &Histogram<u64>) -> Self {
