@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::IfIndex;
+
 /// Result of a kernel operation.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -76,6 +78,16 @@ impl Error {
             Self::Syscall { source, .. } | Self::File { source, .. } => source.raw_os_error(),
             Self::Netlink { errno, .. } => Some(*errno),
             _ => None,
+        }
+    }
+
+    /// What an answer about `link` comes to: the kernel's ENODEV means that there is no such link.
+    pub(crate) fn of_link(self, link: IfIndex) -> Self {
+        match self.errno() {
+            Some(libc::ENODEV) => Self::NotFound {
+                what: format!("link {link}"),
+            },
+            _ => self,
         }
     }
 }

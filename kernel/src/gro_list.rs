@@ -4,9 +4,11 @@
 //! come apart before a socket takes them. It is also what makes a veth's sender hand its own datagrams to the NAPI of the other end
 //! although the sender has TSO on (`veth_skb_is_eligible_for_gro` in drivers/net/veth.c): TCP then goes as on any veth, UDP can be polled.
 
-use netlink_packet_core::{DefaultNla, Emitable};
+use netlink_packet_core::DefaultNla;
 
-use crate::netlink::attributes::{attributes, text};
+use crate::netlink::attributes::{
+    attributes, nested_attribute, text, text_attribute, u32_attribute,
+};
 use crate::netlink::{GENERIC_HEADER, GenericMessage, Request, Socket, open_family};
 use crate::netns::Netns;
 use crate::{Error, IfIndex, Result};
@@ -56,7 +58,7 @@ impl GroList {
             let payload = payload.get(GENERIC_HEADER..).unwrap_or_default();
             Ok(Some(active(payload).any(|name| name == NAME)))
         });
-        let found = found.map_err(|error| of_link(error, link))?;
+        let found = found.map_err(|error| error.of_link(link))?;
         Ok(found.contains(&true))
     }
 
@@ -65,22 +67,19 @@ impl GroList {
     /// # Errors
     /// [`Error::NotFound`] when there is no such link, [`Error::Unsupported`] when the kernel does not know it or the device does not take it over.
     pub fn set(&mut self, link: IfIndex, on: bool) -> Result<()> {
-        let mut bit = vec![DefaultNla::new(
-            ETHTOOL_A_BITSET_BIT_NAME,
-            format!("{NAME}\0").into_bytes(),
-        )];
+        let mut bit = vec![text_attribute(ETHTOOL_A_BITSET_BIT_NAME, NAME)];
         if on {
             bit.push(DefaultNla::new(ETHTOOL_A_BITSET_BIT_VALUE, Vec::new()));
         }
-        let bits = nest(
+        let bits = nested_attribute(
             ETHTOOL_A_BITSET_BITS,
-            &[nest(ETHTOOL_A_BITSET_BITS_BIT, &bit)],
+            &[nested_attribute(ETHTOOL_A_BITSET_BITS_BIT, &bit)],
         );
         let message = self.message(
             ETHTOOL_MSG_FEATURES_SET,
             vec![
                 header(link, ETHTOOL_FLAG_OMIT_REPLY),
-                nest(ETHTOOL_A_FEATURES_WANTED, &[bits]),
+                nested_attribute(ETHTOOL_A_FEATURES_WANTED, &[bits]),
             ],
         );
         let state = if on { "on" } else { "off" };
@@ -92,7 +91,7 @@ impl GroList {
                     feature: FEATURE,
                     reason: error.to_string(),
                 },
-                _ => of_link(error, link),
+                _ => error.of_link(link),
             })?;
         if self.is_on(link)? == on {
             return Ok(());
@@ -112,31 +111,14 @@ impl GroList {
     }
 }
 
-fn of_link(error: Error, link: IfIndex) -> Error {
-    match error.errno() {
-        Some(libc::ENODEV) => Error::NotFound {
-            what: format!("link {link}"),
-        },
-        _ => error,
-    }
-}
-
 fn header(link: IfIndex, flags: u32) -> DefaultNla {
-    let number = |kind, value: u32| DefaultNla::new(kind, value.to_ne_bytes().to_vec());
-    nest(
+    nested_attribute(
         ETHTOOL_A_FEATURES_HEADER,
         &[
-            number(ETHTOOL_A_HEADER_DEV_INDEX, link.0),
-            number(ETHTOOL_A_HEADER_FLAGS, flags),
+            u32_attribute(ETHTOOL_A_HEADER_DEV_INDEX, link.0),
+            u32_attribute(ETHTOOL_A_HEADER_FLAGS, flags),
         ],
     )
-}
-
-/// An attribute of attributes. The family insists on the flag that says so.
-fn nest(kind: u16, inner: &[DefaultNla]) -> DefaultNla {
-    let mut value = vec![0; inner.buffer_len()];
-    inner.emit(&mut value);
-    DefaultNla::new(kind | libc::NLA_F_NESTED as u16, value)
 }
 
 /// Names of the features that are on: a list of bits without a mask.

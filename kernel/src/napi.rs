@@ -1,8 +1,6 @@
 //! NAPI instances through the netdev generic netlink family (Documentation/netlink/specs/netdev.yaml).
 
-use netlink_packet_core::DefaultNla;
-
-use crate::netlink::attributes::{attributes, u32_at, u64_at};
+use crate::netlink::attributes::{attributes, u32_at, u32_attribute, u64_at, u64_attribute};
 use crate::netlink::{GENERIC_HEADER, GenericMessage, Request, Socket, open_family};
 use crate::netns::Netns;
 use crate::{Error, IfIndex, NapiId, Result};
@@ -134,11 +132,8 @@ impl NetdevSocket {
                 })
             });
         found.map_err(|error| match error.errno() {
-            Some(libc::ENODEV) => Error::NotFound {
-                what: format!("link {link}"),
-            },
             Some(libc::EOPNOTSUPP) => unsupported(NAPI_GET, &error),
-            _ => error,
+            _ => error.of_link(link),
         })
     }
 
@@ -249,12 +244,4 @@ fn read_napi(bytes: &[u8]) -> Option<Napi> {
 /// The type `uint` of the specification: four or eight bytes, as the value needs.
 fn uint(value: &[u8]) -> Option<u64> {
     u64_at(value, 0).or_else(|| u32_at(value, 0).map(u64::from))
-}
-
-fn u32_attribute(kind: u16, value: u32) -> DefaultNla {
-    DefaultNla::new(kind, value.to_ne_bytes().to_vec())
-}
-
-fn u64_attribute(kind: u16, value: u64) -> DefaultNla {
-    DefaultNla::new(kind, value.to_ne_bytes().to_vec())
 }

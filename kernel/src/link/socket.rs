@@ -144,12 +144,7 @@ impl RouteSocket {
                 // Without strict checking the kernel lists every link's.
                 Ok((of == link).then_some(address))
             });
-        match found {
-            Err(error) if error.errno() == Some(libc::ENODEV) => Err(Error::NotFound {
-                what: format!("link {link}"),
-            }),
-            found => found,
-        }
+        found.map_err(|error| error.of_link(link))
     }
 
     /// Unicast routes of the main table, both families; a multipath route appears once for each

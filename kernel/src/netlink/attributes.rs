@@ -1,11 +1,11 @@
-//! Reading netlink attributes.
+//! Reading and making netlink attributes.
 //!
 //! A value that is shorter than its type is like one that is not there: what cannot do without it
 //! says so, the rest goes on.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use netlink_packet_core::{NLA_HEADER_SIZE, NlasIterator};
+use netlink_packet_core::{DefaultNla, Emitable, NLA_HEADER_SIZE, NlasIterator};
 
 /// Type and value of every attribute in `bytes`, up to the first malformed one.
 pub(crate) fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
@@ -61,6 +61,28 @@ pub(crate) fn u32_be(bytes: &[u8]) -> Option<u32> {
 pub(crate) fn text(bytes: &[u8]) -> String {
     let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
     String::from_utf8_lossy(&bytes[..end]).into_owned()
+}
+
+/// A native u32.
+pub(crate) fn u32_attribute(kind: u16, value: u32) -> DefaultNla {
+    DefaultNla::new(kind, value.to_ne_bytes().to_vec())
+}
+
+/// A native u64.
+pub(crate) fn u64_attribute(kind: u16, value: u64) -> DefaultNla {
+    DefaultNla::new(kind, value.to_ne_bytes().to_vec())
+}
+
+/// A text that ends with NUL.
+pub(crate) fn text_attribute(kind: u16, value: &str) -> DefaultNla {
+    DefaultNla::new(kind, format!("{value}\0").into_bytes())
+}
+
+/// An attribute of attributes, with the flag that says so: newer families insist on it.
+pub(crate) fn nested_attribute(kind: u16, inner: &[DefaultNla]) -> DefaultNla {
+    let mut value = vec![0; inner.buffer_len()];
+    inner.emit(&mut value);
+    DefaultNla::new(kind | libc::NLA_F_NESTED as u16, value)
 }
 
 /// An address in network byte order; its length tells the family.

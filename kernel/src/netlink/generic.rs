@@ -2,7 +2,7 @@
 
 use netlink_packet_core::{DefaultNla, Emitable, NetlinkSerializable};
 
-use super::attributes::{attributes, u16_at};
+use super::attributes::{attributes, text_attribute, u16_at};
 use super::{Protocol, Request, Socket};
 use crate::{Error, Result};
 
@@ -47,11 +47,10 @@ impl NetlinkSerializable for GenericMessage {
 /// [`Error::Unsupported`], naming `feature`, when the kernel does not have it.
 pub(crate) fn open_family(name: &str, feature: &'static str) -> Result<(Socket, u16)> {
     let mut socket = Socket::open(Protocol::Generic)?;
-    let name_attribute = format!("{name}\0").into_bytes();
     let message = GenericMessage {
         family: GENL_ID_CTRL,
         command: CTRL_CMD_GETFAMILY,
-        attributes: vec![DefaultNla::new(CTRL_ATTR_FAMILY_NAME, name_attribute)],
+        attributes: vec![text_attribute(CTRL_ATTR_FAMILY_NAME, name)],
     };
     let what = format!("look up the netlink family {name}");
     let found = socket.query(Request::new(what.clone(), &message), |_, payload| {
