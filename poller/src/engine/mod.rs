@@ -2,12 +2,13 @@
 //! with hundreds.
 //!
 //! The thread renews the leases of [`workers`] while packets flow and lets them park when they do not; on link events it
-//! looks at a [`pod`]'s links anew and tunes what changed; once a second it looks whether namespaces have vanished, and
+//! looks at a [`pod`]'s links anew and tunes what changed; once a second it looks whether namespaces have vanished or CPUs gone [`offline`], and
 //! [`balance`]s the load. What it keeps is behind one lock, which it takes for one pod at a time, and not while it asks the kernel for
 //! a pod's links: whoever attaches does not wait until it has been through all of them.
 
 mod balance;
 mod latency;
+mod offline;
 mod pod;
 mod snapshot;
 mod workers;
@@ -19,10 +20,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use kbp_kernel::IfIndex;
 use kbp_kernel::link::{LinkEvent, LinkEvents, RouteSocket};
 use kbp_kernel::netns::Netns;
 use kbp_kernel::netstat::busy_poll_rx_packets;
+use kbp_kernel::{CpuSet, IfIndex};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -85,6 +86,8 @@ pub(crate) struct Kept {
     /// Ticks happen at whole multiples of a fraction of the lease from here on, so that one wake-up serves all pods.
     epoch: Instant,
     survey_at: Option<Instant>,
+    /// The CPUs of the last survey.
+    online: CpuSet,
     cleared: Option<Instant>,
     moves: u64,
 }
@@ -124,6 +127,7 @@ impl Engine {
                 next_key: PodKey::FIRST,
                 epoch: Instant::now(),
                 survey_at: None,
+                online: CpuSet::default(),
                 cleared: None,
                 moves: 0,
             }),
@@ -416,15 +420,17 @@ impl Kept {
     }
 
     fn end_survey(&mut self, now: Instant) {
+        self.follow_cpus();
         self.moves += self.rebalance();
         self.survey_at = self.is_survey_wanted().then_some(now + SURVEY);
     }
 
-    /// Nothing of it is of use while no pod can vanish or has packets to be moved for: then nobody is woken for it.
+    /// Nothing of it is of use while no pod can vanish or has packets to be moved for, and no worker is awake: then nobody is woken for it.
     fn is_survey_wanted(&self) -> bool {
         self.pods
             .values()
             .any(|pod| pod.has_path() || pod.is_movable())
+            || self.are_cpus_wanted()
     }
 
     /// What is true of the pods whose state files are in this directory.

@@ -102,6 +102,8 @@ pub(crate) struct Pod {
     /// Where its namespace was found, when it is to be let go once it is not there any more.
     pub(crate) path: Option<(PathBuf, NetnsId)>,
     pub(super) rate: u64,
+    /// The CPU of its worker has gone offline, and there is no other yet.
+    pub(super) displaced: bool,
     /// Until the next try, when a worker could not take over a NAPI.
     retry: Duration,
     events: LinkEvents,
@@ -140,6 +142,7 @@ impl Pod {
             cpu_latency: None,
             path: None,
             rate: 0,
+            displaced: false,
             events,
             pace: Pace::new(0, own_cpu),
             counted: 0,
@@ -183,6 +186,10 @@ impl Pod {
 
     pub(super) fn has_path(&self) -> bool {
         self.path.is_some()
+    }
+
+    pub(super) fn is_displaced(&self) -> bool {
+        self.displaced
     }
 
     /// Whether another worker could take over what it does.

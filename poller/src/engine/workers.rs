@@ -41,6 +41,15 @@ impl WorkerKey {
         }
     }
 
+    /// Its CPU.
+    pub(super) fn cpu(self) -> CpuId {
+        match self {
+            Self::Shared(cpu) | Self::Throughput(cpu) | Self::Idle(cpu) | Self::Dedicated(cpu) => {
+                cpu
+            }
+        }
+    }
+
     /// The CPU of a shared one.
     pub(super) fn shared_cpu(self) -> Option<CpuId> {
         match self {
@@ -317,6 +326,11 @@ impl Workers {
             }
         }
         self.leave(key, &Napis::new());
+    }
+
+    /// Whether any of them polls now.
+    pub(super) fn are_awake(&self) -> bool {
+        self.slots.values().any(|slot| !slot.worker.is_parked())
     }
 
     /// Whether the pod's packets may take the short way while its worker sleeps.

@@ -205,6 +205,40 @@ fn an_idle_worker_gives_way_to_other_cgroups_or_says_that_it_does_not_in_a_guest
     gives_way::gives_way_or_says_that_it_does_not();
 }
 
+/// The kernel lets the thread run on another CPU then: a pod that is polled there would be polled where nobody wants it.
+#[test]
+#[ignore = "run in an emulated machine by linux_*"]
+fn a_worker_leaves_a_cpu_that_goes_offline_and_comes_back_with_it_in_a_guest() {
+    let node = Node::new();
+    let cpu = any_cpu();
+    let attachment = attach(&node, WorkerPolicy::Shared, "");
+    let first = attachment.state().worker.expect("a worker");
+    assert_eq!(first.cpu, cpu.0);
+    let traffic = node.traffic();
+    traffic.wait_taken(SOME);
+    let set = |online: &str| {
+        let file = format!("/sys/devices/system/cpu/cpu{cpu}/online");
+        std::fs::write(file, online).expect("switch the CPU");
+    };
+    set("0");
+    wait_until("the lack to be told", || {
+        let state = attachment.state();
+        let told = |d: &Degraded| {
+            d.part == Part::Worker && d.reason.contains(&format!("CPU {cpu} is offline"))
+        };
+        (state.worker.is_none() && state.degraded.iter().any(told)).then_some(())
+    });
+    wait_until("the thread to end", || {
+        (first.tid == 0 || !thread_lives(first.tid)).then_some(())
+    });
+    set("1");
+    wait_until("a worker", || {
+        let state = attachment.state();
+        (state.worker.is_some() && state.degraded.is_empty()).then_some(())
+    });
+    traffic.wait_taken(SOME);
+}
+
 /// A NAPI's own thread is the only worker that outlives its owner: who comes next ends it.
 #[test]
 #[ignore = "run in an emulated machine by linux_*"]
