@@ -241,7 +241,7 @@ fn busy_poll(path: &Path) -> Check {
             "run kbpctl doctor in the host's network namespace",
         ),
         Some("0") => Check::ok(NAME, "net.core.busy_poll = 0").meaning(
-            "programs that wait in poll(2) or select(2) do not busy-poll; with sysctl net.core.busy_poll=50 those of kbp pods would",
+            "programs that wait in poll(2) or select(2) do not busy-poll; with node-busy-poll = 50 in /etc/kbp/config.toml those of kbp pods would",
         ),
         Some(value) => Check::ok(
             NAME,

@@ -126,7 +126,7 @@ fn pool(pool: &CpuSet, topology: &Topology, usable: &CpuSet) -> Check {
             "leave CPUs for the pods: make cpus smaller",
         );
     }
-    let check = Check::ok(NAME, format!("pool {pool}; CPUs {online} are online"));
+    let check = Check::ok(NAME, format!("pool of CPUs: {pool}; online: {online}"));
     let shared: CpuSet = pool
         .iter()
         .filter(|c| !topology.isolated.contains(*c))
@@ -135,7 +135,7 @@ fn pool(pool: &CpuSet, topology: &Topology, usable: &CpuSet) -> Check {
         check
     } else {
         check.meaning(format!(
-            "CPUs {shared} are not isolated: other threads run there too and delay a worker; isolcpus={shared} on the kernel command line keeps them away"
+            "other threads run on {shared} too and delay a worker; isolcpus={shared} on the kernel command line keeps them away"
         ))
     }
 }
@@ -172,8 +172,8 @@ mod tests {
         for (cpus, online, isolated, usable, verdict, words) in [
             ("", "0-3", "", "0-3", Verdict::Ok, "no pool"),
             ("", "0-3", "2-3", "0-3", Verdict::Ok, "cpus = \"isolated\""),
-            ("2-3", "0-3", "2-3", "0-3", Verdict::Ok, "pool 2-3"),
-            ("2-3", "0-3", "", "0-3", Verdict::Ok, "pool 2-3"),
+            ("2-3", "0-3", "2-3", "0-3", Verdict::Ok, "pool of CPUs: 2-3"),
+            ("2-3", "0-3", "", "0-3", Verdict::Ok, "pool of CPUs: 2-3"),
             (
                 "2-3",
                 "0-2",

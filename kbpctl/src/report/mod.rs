@@ -173,6 +173,10 @@ fn gather(address: &Path) -> Vec<(String, String)> {
         let Some(name) = path.file_name().and_then(|n| n.to_str()) else {
             continue;
         };
+        // What CNI's callers keep beside the lists, locks for one, starts with a dot.
+        if name.starts_with('.') {
+            continue;
+        }
         let Ok(text) = std::fs::read_to_string(&path) else {
             continue;
         };

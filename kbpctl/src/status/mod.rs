@@ -97,7 +97,11 @@ pub(crate) struct Options {
 pub(crate) fn run(state_dir: Option<&Path>, options: Options) -> Result<String> {
     let dir: PathBuf = match state_dir {
         Some(dir) => dir.to_owned(),
-        None => Config::load()?.state_dir,
+        None => {
+            Config::load()
+                .context("the node's config says where the state is, unless --state-dir does")?
+                .state_dir
+        }
     };
     if let Some(interval) = options.watch {
         watch::run(&dir, interval, options.json)?;
