@@ -5,6 +5,13 @@
 //! This is the only crate of the workspace that contains `unsafe`; every block
 //! says why it is sound. Nothing here decides policy, and no function asks for a
 //! kernel version: a feature is there when trying it works ([`probe`]).
+//!
+//! # Errors
+//! A function that names none fails with what the kernel says: [`Error::Syscall`], [`Error::File`] or
+//! [`Error::Netlink`] with its errno ([`Error::errno`]). Those worth telling apart are ESRCH, or ENOENT where
+//! /proc is read (the process or thread is gone), ENODEV (the link is gone) and EPERM (a capability is missing).
+//! [`Error::Protocol`] is an answer that cannot be read. What callers decide by ([`Error::Invalid`],
+//! [`Error::NotFound`], [`Error::Unsupported`]) is named at the function.
 
 #![allow(unsafe_code)]
 
