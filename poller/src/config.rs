@@ -187,8 +187,11 @@ impl Config {
                     let allowed = "a list of interface names, e.g. [\"eth0\"]";
                     for entry in value.as_array().ok_or_else(|| refuse(allowed))? {
                         let name = entry.as_str().filter(|n| is_interface_name(n));
-                        let name = name.ok_or_else(|| refuse_part(entry, allowed))?;
-                        config.uplinks.push(name.to_owned());
+                        let name = name.ok_or_else(|| refuse_part(entry, allowed))?.to_owned();
+                        if config.uplinks.contains(&name) {
+                            return Err(refuse_part(entry, "each interface once"));
+                        }
+                        config.uplinks.push(name);
                     }
                 }
                 "state-dir" => {
@@ -420,6 +423,10 @@ mod tests {
             (
                 "uplinks = [\"a/b\"]",
                 vec!["uplinks = \"a/b\"", "interface names"],
+            ),
+            (
+                "uplinks = [\"eth0\", \"eth1\", \"eth0\"]",
+                vec!["uplinks = \"eth0\"", "once"],
             ),
             ("cores = \"2\"", vec!["cores is not a kbp setting", "cpus"]),
             ("worker = ", vec!["line 1"]),

@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 use crate::policy::{BusyPollMode, Profile, WorkerPolicy};
 
 pub(crate) use files::{
-    check_names, create_dir, read_all_beside, read_stale, remove_file, remove_own, remove_stale,
-    replace, sweep_unfinished,
+    check_names, create_dir, pods_dir, read_all_beside, read_stale, remove_file, remove_own,
+    remove_stale, replace, sweep_unfinished,
 };
 pub use files::{read_all, remove, stale, taken_cpus, write};
 pub(crate) use owner::lock;

@@ -9,6 +9,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use kbp_kernel::fd::{self, peer};
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
 use super::connection::{Connections, Http, Stream};
@@ -18,6 +19,9 @@ use crate::state;
 
 /// Name of the metrics' socket in the state directory.
 const METRICS: &str = "metrics.sock";
+
+/// Longest path of a socket (unix(7)).
+const MAX_SOCKET_PATH: usize = 107;
 
 /// Sockets that the init system passes (sd_listen_fds(3)); none where it passes none.
 #[derive(Debug, Default)]
@@ -76,6 +80,8 @@ impl Sockets {
         let state_dir = options.config.state_dir.clone();
         state::create_dir(&state_dir)?;
         check_directory(&state_dir)?;
+        // Better told now than at each attach.
+        state::create_dir(&state::pods_dir(&state_dir))?;
         let lock = lock(&state_dir)?;
         let path = state_dir.join(api::SOCKET);
         // From here on, what was made goes when something fails.
@@ -238,6 +244,16 @@ fn bind(path: &Path, own: &mut Vec<PathBuf>) -> Result<UnixListener> {
         }
     }
     let failed = |e| DaemonError::io(format!("make the socket {}", path.display()), e);
+    if path.as_os_str().len() > MAX_SOCKET_PATH {
+        let what = format!(
+            "make the socket {}, whose path may have {MAX_SOCKET_PATH} bytes (choose a shorter state-dir)",
+            path.display()
+        );
+        return Err(DaemonError::io(
+            what,
+            std::io::Error::from(Errno::ENAMETOOLONG),
+        ));
+    }
     let temporary = path.with_extension("new");
     match fs::remove_file(&temporary) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed(e)),

@@ -147,7 +147,8 @@ pub(crate) fn create_dir(dir: &Path) -> Result<()> {
         .map_err(|e| Error::io(format!("make directory {}", dir.display()), e))
 }
 
-pub(super) fn pods_dir(state_dir: &Path) -> PathBuf {
+/// Where the files of the pods are.
+pub(crate) fn pods_dir(state_dir: &Path) -> PathBuf {
     state_dir.join("pods")
 }
 

@@ -72,6 +72,31 @@ fn one_daemon_at_a_time_and_only_where_nobody_else_can_interfere() {
     Daemon::start(&node, "");
 }
 
+/// What would fail at each attach is told at the start.
+#[test]
+fn a_state_directory_that_cannot_be_used_is_refused_at_once() {
+    let node = Node::new();
+    let dir = node.state_dir();
+    std::fs::create_dir_all(&dir).expect("mkdir");
+    let mode = std::fs::Permissions::from_mode(0o700);
+    std::fs::set_permissions(&dir, mode).expect("chmod");
+    std::fs::write(dir.join("pods"), "mine").expect("write");
+    let said = complaint(&node, command(&node, ""));
+    assert!(said.contains("run/pods: File exists"), "{said}");
+    std::fs::remove_file(dir.join("pods")).expect("remove");
+
+    let long = dir.join("x".repeat(100));
+    let config = node.config_file("");
+    std::fs::write(&config, format!("state-dir = {long:?}\n")).expect("write");
+    let mut serve = Command::new(binary());
+    serve.args(["serve", "--config"]).arg(&config);
+    let said = complaint(&node, serve);
+    assert!(
+        said.contains("107 bytes") && said.contains("shorter state-dir"),
+        "{said}"
+    );
+}
+
 #[test]
 fn only_root_is_served_and_only_root_serves() {
     let node = Node::new();
