@@ -363,6 +363,8 @@ impl Pod {
         }
         container.decide(id, window, inner.notifier.as_ref());
         inner.tell_sockets();
+        // While no container has a window nobody looks. Nobody listens any more when the shim ends.
+        drop(self.events.send(Event::Active));
     }
 
     /// After a container is gone, or its creation failed. With the last one everything goes.

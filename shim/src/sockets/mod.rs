@@ -119,7 +119,7 @@ pub enum Event {
     Refused(String),
     /// A part did not work for a socket; told once for each part of a container.
     Degraded(Degraded),
-    /// Calls were answered since [`Notifier::counters`] was read last.
+    /// Calls were answered since [`Notifier::counters`] was read last, or the limits of a container have changed.
     Active,
 }
 

@@ -140,10 +140,10 @@ fn subscribe(lab: &Lab<'_>) -> Running {
 /// The kernel kills what has no memory left, and the shim tells; the container goes on.
 fn runs_out_of_memory(lab: &Lab<'_>, limited: Limited<'_>) {
     let mut events = subscribe(lab);
-    // A shim looks for it from the start on, so it comes later. What is killed is the child that asks for it, and the shell needs
-    // no other child afterwards: what was killed may not have given its memory back by then.
-    let script = "sleep 1000 & until [ -e /tmp/go ]; do sleep 0.05; done; head -c 200000000 /dev/zero | \
-                  (echo 1000 >/proc/self/oom_score_adj; exec tail -c 100000000) | wc -c; wait";
+    // A shim looks for it from the start on, so it comes later. What was killed may not have given its memory back when the kernel
+    // looks for the next one to kill: all that the first process starts comes before it, and it asks for no memory itself by then.
+    let script = "(echo 1000 >/proc/self/oom_score_adj; until [ -e /tmp/go ]; do sleep 0.05; done; \
+                  head -c 200000000 /dev/zero | tail -c 100000000 | wc -c) & exec sleep 1000";
     let container = limited("eats", script);
     lab.containerd.start_container(container).expect("start");
     std::fs::write(lab.rootfs.dir().join("tmp/go"), "").expect("write");

@@ -38,9 +38,18 @@ fn run(series: &str, tests: &str, environment: &[(&str, &str)]) {
     // One at a time: workers need a CPU of two.
     let arguments = ["--ignored", "--test-threads=1", tests];
     let environment = [environment, &[("KBP_SERIES", series)]].concat();
-    let output = kernel
-        .run_with(LIMIT, &here, &arguments, &environment)
-        .expect("an emulated machine");
+    let run = || {
+        kernel
+            .run_with(LIMIT, &here, &arguments, &environment)
+            .expect("an emulated machine")
+    };
+    let mut output = run();
+    // Kernels have faults of their own: the scheduler of a 7.3 crashed once (`tg_cpus`, from `task_tick_fair`). One that kbp brings
+    // about comes twice.
+    if output.stderr.contains("Kernel panic") {
+        println!("{}: once more, after {output}", kernel.version());
+        output = run();
+    }
     let ran = output.stdout.contains("test result: ok.") && !output.stdout.contains(" 0 passed");
     assert!(
         output.code == Some(0) && ran,
