@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use kbp_kernel::ethtool;
+use kbp_kernel::ethtool::{self, Features};
 use kbp_kernel::netstat::busy_poll_rx_packets;
 use kbp_kernel::process::{Scheduling, affinity, cpu_time, scheduling, set_affinity};
 use kbp_kernel::{CpuId, CpuSet};
@@ -374,6 +374,19 @@ fn trapped_calls_answer_as_ever() {
     }
 }
 
+/// What the host end and the pod end of a container have that lacks nothing.
+fn features_of_both_ends(lab: &Lab<'_>, pod: &Pod<'_>, container: &str) -> (Features, Features) {
+    let state = lab.state(container).expect("state");
+    assert!(state.degraded.is_empty(), "{state:#?}");
+    let host = ethtool::features(
+        &lab.sandbox.netns().expect("node"),
+        &state.interfaces[0].host_interface,
+    )
+    .expect("host end");
+    let inner = ethtool::features(&pod.netns.open().expect("pod"), "eth0").expect("pod end");
+    (host, inner)
+}
+
 /// TSO off at the host end and GRO on in the pod, and the other way round as well where a worker is asked for, whoever made the veth.
 fn both_ends_are_pollable(lab: &Lab<'_>, pod: &Pod<'_>) {
     lab.containerd
@@ -382,14 +395,7 @@ fn both_ends_are_pollable(lab: &Lab<'_>, pod: &Pod<'_>) {
                 .netns(&pod.netns.path()),
         )
         .expect("start");
-    let state = lab.state("c").expect("state");
-    assert!(state.degraded.is_empty(), "{state:#?}");
-    let host = ethtool::features(
-        &lab.sandbox.netns().expect("node"),
-        &state.interfaces[0].host_interface,
-    )
-    .expect("host end");
-    let inner = ethtool::features(&pod.netns.open().expect("pod"), "eth0").expect("pod end");
+    let (host, inner) = features_of_both_ends(lab, pod, "c");
     assert!(!host.tso && inner.gro, "{host:?} {inner:?}");
     assert!(!host.gro && inner.tso, "{host:?} {inner:?}");
     lab.containerd.remove("c").expect("remove");
@@ -398,16 +404,10 @@ fn both_ends_are_pollable(lab: &Lab<'_>, pod: &Pod<'_>) {
         .netns(&pod.netns.path())
         .annotation("kbp.io/worker", "idle");
     lab.containerd.start_container(polled).expect("start");
-    let state = lab.state("w").expect("state");
-    assert!(state.degraded.is_empty(), "{state:#?}");
-    let host = ethtool::features(
-        &lab.sandbox.netns().expect("node"),
-        &state.interfaces[0].host_interface,
-    )
-    .expect("host end");
-    let inner = ethtool::features(&pod.netns.open().expect("pod"), "eth0").expect("pod end");
+    let (host, inner) = features_of_both_ends(lab, pod, "w");
     // TSO in the pod is off while the worker is wanted only.
     assert!(host.gro && !host.tso && inner.gro, "{host:?} {inner:?}");
+    let state = lab.state("w").expect("state");
     assert!(state.interfaces[0].host_napi.is_some(), "{state:#?}");
     lab.containerd.remove("w").expect("remove");
 }

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use super::config::Config;
 use super::env::{Call, Verb};
 use super::error::{CniError, Code, Result};
-use super::exec::{Outcome, Running};
+use super::exec::{Outcome, Running, Starting};
 use super::ipam::Lease;
 use super::version::Version;
 use crate::attachment::Attachment;
@@ -39,7 +39,7 @@ impl<'a> Ipam<'a> {
     pub(crate) fn prepare_add(&'a self) -> Prepared<'a> {
         match self {
             Self::Local(local) => Prepared::Local(local),
-            Self::Plugin(plugin) => Prepared::Plugin(plugin, plugin.start(Verb::Add, &[])),
+            Self::Plugin(plugin) => Prepared::Plugin(plugin, plugin.begin_start(Verb::Add)),
         }
     }
 
@@ -82,8 +82,8 @@ impl<'a> Ipam<'a> {
 pub(crate) enum Prepared<'a> {
     /// The built-in IPAM.
     Local(&'a LocalIpam<'a>),
-    /// A plugin that waits for its input, or why it does not.
-    Plugin(&'a Plugin<'a>, Result<Running>),
+    /// A plugin that is being started and will wait for its input, or why it is not.
+    Plugin(&'a Plugin<'a>, Result<Starting>),
 }
 
 impl<'a> Prepared<'a> {
@@ -92,12 +92,12 @@ impl<'a> Prepared<'a> {
         match self {
             Self::Local(local) => Leasing::Done(local.add()),
             Self::Plugin(plugin, started) => {
-                let mut running = match started {
-                    Ok(running) => running,
+                let mut starting = match started {
+                    Ok(starting) => starting,
                     Err(error) => return Leasing::NotStarted(error),
                 };
-                match running.give(&plugin.config.raw) {
-                    Ok(()) => Leasing::Running(plugin, running),
+                match starting.give(&plugin.config.raw) {
+                    Ok(()) => Leasing::Starting(plugin, starting),
                     Err(error) => Leasing::Done(Err(plugin.broke(Verb::Add, &error))),
                 }
             }
@@ -112,8 +112,35 @@ pub(crate) enum Leasing<'a> {
     Done(Result<Lease>),
     /// It never began: there is a plugin, but the kernel cannot run it.
     NotStarted(CniError),
-    /// A plugin works on it.
-    Running(&'a Plugin<'a>, Running),
+    /// A plugin works on it, or will as soon as it has started.
+    Starting(&'a Plugin<'a>, Starting),
+}
+
+/// Why there are no addresses.
+#[derive(Debug)]
+pub(crate) struct NotLeased {
+    /// Why.
+    pub(crate) error: CniError,
+    /// Whether there may be a lease all the same. A plugin that reported its own error has undone what it did, and what is
+    /// leased under this id may belong to an attachment that lives; one that broke or was killed may have leased already.
+    pub(crate) may_be_leased: bool,
+}
+
+impl NotLeased {
+    fn begun(error: CniError) -> Self {
+        let may_be_leased = matches!(error.code, Code::TRY_AGAIN | Code::DECODE | Code::IPAM);
+        Self {
+            error,
+            may_be_leased,
+        }
+    }
+
+    fn not_begun(error: CniError) -> Self {
+        Self {
+            error,
+            may_be_leased: false,
+        }
+    }
 }
 
 /// Addresses that are leased as far as can be told.
@@ -144,14 +171,20 @@ impl Promise<'_> {
 
 impl<'a> Leasing<'a> {
     /// The addresses, as soon as they are there.
-    pub(crate) fn finish(self) -> Result<Leased<'a>> {
+    pub(crate) fn finish(self) -> std::result::Result<Leased<'a>, NotLeased> {
         match self {
-            Self::NotStarted(error) => Err(error),
-            Self::Done(lease) => Ok(Leased {
-                lease: lease?,
+            Self::NotStarted(error) => Err(NotLeased::not_begun(error)),
+            Self::Done(lease) => lease.map_err(NotLeased::begun).map(|lease| Leased {
+                lease,
                 promise: Promise::default(),
             }),
-            Self::Running(plugin, running) => plugin.add(running),
+            Self::Starting(plugin, starting) => match starting.started() {
+                Ok(running) => plugin.add(running).map_err(NotLeased::begun),
+                Err(error) => {
+                    let error = plugin.did_not_start(Verb::Add, &error);
+                    Err(NotLeased::not_begun(error))
+                }
+            },
         }
     }
 }
@@ -316,18 +349,30 @@ impl<'a> Plugin<'a> {
         self.finish(running, verb, input)
     }
 
-    fn start(&self, verb: Verb, environment: &[(&str, &str)]) -> Result<Running> {
+    fn command(&self, verb: Verb, environment: &[(&str, &str)]) -> Command {
         let mut command = Command::new(&self.binary);
         command
             .env("CNI_COMMAND", verb.as_str())
             .envs(environment.iter().copied());
-        Running::start(&mut command, self.timeout).map_err(|error| {
-            let mut error = self.broke(verb, &error);
-            error.msg.push_str(
-                "; is it a program for this machine, and is there the interpreter that it names?",
-            );
-            error
-        })
+        command
+    }
+
+    fn begin_start(&self, verb: Verb) -> Result<Starting> {
+        Starting::begin(self.command(verb, &[]), self.timeout)
+            .map_err(|error| self.broke(verb, &error))
+    }
+
+    fn start(&self, verb: Verb, environment: &[(&str, &str)]) -> Result<Running> {
+        Running::start(&mut self.command(verb, environment), self.timeout)
+            .map_err(|error| self.did_not_start(verb, &error))
+    }
+
+    fn did_not_start(&self, verb: Verb, error: &std::io::Error) -> CniError {
+        let mut error = self.broke(verb, error);
+        error.msg.push_str(
+            "; is it a program for this machine, and is there the interpreter that it names?",
+        );
+        error
     }
 
     fn finish(&self, running: Running, verb: Verb, input: &[u8]) -> Result<Map<String, Value>> {

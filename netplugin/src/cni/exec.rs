@@ -1,9 +1,10 @@
 //! Running a program with an input, two outputs and a time limit.
 
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, PipeReader, PipeWriter, Read, Write, pipe};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
-use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use kbp_kernel::process::PidFd;
@@ -31,11 +32,127 @@ pub(crate) struct Outcome {
 #[derive(Debug)]
 pub(crate) struct Running {
     child: Child,
+    pipes: Pipes,
+}
+
+/// A program that is being started by a thread of its own, so that the caller goes on at once.
+///
+/// A thread that starts a program itself sleeps until the kernel has loaded it, and wakes up on the CPU on which it fell asleep. That is where
+/// the program has begun, and then the two take turns on one CPU, whether there is another that has nothing to do or not.
+/// Dropped, it is killed when it has started.
+#[derive(Debug)]
+pub(crate) struct Starting(Option<(JoinHandle<io::Result<Child>>, Pipes)>);
+
+/// What connects us with a program.
+#[derive(Debug)]
+struct Pipes {
+    /// None: it has all of its input.
+    stdin: Option<PipeWriter>,
     /// How much of the input it has by now.
     given: usize,
+    /// None: it has closed it.
+    stdout: Option<PipeReader>,
+    /// None: it has closed it.
+    stderr: Option<PipeReader>,
     deadline: Instant,
-    stdout: Vec<u8>,
-    stderr: Vec<u8>,
+    /// What it has written to stdout.
+    out: Vec<u8>,
+    /// What it has written to stderr.
+    err: Vec<u8>,
+}
+
+impl Pipes {
+    /// Makes them the standard files of `command`, which holds its ends from here on until it is dropped.
+    fn connect(command: &mut Command, limit: Duration) -> io::Result<Self> {
+        let deadline = Instant::now() + limit;
+        let (its_stdin, stdin) = pipe()?;
+        let (stdout, its_stdout) = pipe()?;
+        let (stderr, its_stderr) = pipe()?;
+        for ours in [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()] {
+            fcntl(ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        }
+        command
+            .stdin(its_stdin)
+            .stdout(its_stdout)
+            .stderr(its_stderr)
+            .process_group(0);
+        Ok(Self {
+            stdin: Some(stdin),
+            given: 0,
+            stdout: Some(stdout),
+            stderr: Some(stderr),
+            deadline,
+            out: Vec::new(),
+            err: Vec::new(),
+        })
+    }
+
+    /// Writes what the pipe takes of the rest of `input`, and closes it at the end.
+    fn give(&mut self, input: &[u8]) -> io::Result<()> {
+        while let Some(pipe) = &mut self.stdin {
+            let rest = input.get(self.given..).unwrap_or_default();
+            if rest.is_empty() {
+                self.stdin = None;
+                break;
+            }
+            match pipe.write(rest) {
+                Ok(written) => self.given += written,
+                Err(error) if would_block(&error) => break,
+                // It has closed its stdin: that is its own business, its exit status says the rest.
+                Err(error) if error.kind() == ErrorKind::BrokenPipe => self.given = input.len(),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads what is there now.
+    fn read(&mut self) -> io::Result<()> {
+        read_some(&mut self.stdout, &mut self.out)?;
+        read_some(&mut self.stderr, &mut self.err)
+    }
+}
+
+impl Starting {
+    /// Begins to start `command`, which has no input yet: it comes as far as it comes without.
+    pub(crate) fn begin(mut command: Command, limit: Duration) -> io::Result<Self> {
+        // The thread calls the kernel and nothing else.
+        const STACK: usize = 64 << 10;
+        let pipes = Pipes::connect(&mut command, limit)?;
+        let thread = thread::Builder::new()
+            .stack_size(STACK)
+            .spawn(move || command.spawn())?;
+        Ok(Self(Some((thread, pipes))))
+    }
+
+    /// As [`Running::give`]; also when the program cannot be started.
+    pub(crate) fn give(&mut self, input: &[u8]) -> io::Result<()> {
+        match &mut self.0 {
+            Some((_, pipes)) => pipes.give(input),
+            None => Ok(()),
+        }
+    }
+
+    /// The program as soon as it is started, or why it cannot be.
+    pub(crate) fn started(mut self) -> io::Result<Running> {
+        match self.join() {
+            Some(running) => running,
+            None => Err(io::Error::other("the thread that starts it panicked")),
+        }
+    }
+
+    /// None: it panicked, or was waited for before.
+    fn join(&mut self) -> Option<io::Result<Running>> {
+        let (thread, pipes) = self.0.take()?;
+        let child = thread.join().ok()?;
+        Some(child.map(|child| Running { child, pipes }))
+    }
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        drop(self.join());
+    }
 }
 
 /// Why talking to a program came to an end.
@@ -52,41 +169,24 @@ enum Talked {
 impl Running {
     /// Starts `command`, which has no input yet: it comes as far as it comes without.
     pub(crate) fn start(command: &mut Command, limit: Duration) -> io::Result<Self> {
-        let deadline = Instant::now() + limit;
-        let child = command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .process_group(0)
-            .spawn()?;
-        let running = Self {
-            child,
-            given: 0,
-            deadline,
-            stdout: Vec::new(),
-            stderr: Vec::new(),
-        };
-        let Child {
-            stdin,
-            stdout,
-            stderr,
-            ..
-        } = &running.child;
-        let pipes = [
-            stdin.as_ref().map(AsFd::as_fd),
-            stdout.as_ref().map(AsFd::as_fd),
-            stderr.as_ref().map(AsFd::as_fd),
-        ];
-        for pipe in pipes.into_iter().flatten() {
-            fcntl(pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-        }
-        Ok(running)
+        let pipes = Pipes::connect(command, limit)?;
+        let child = command.spawn();
+        // Its ends are its own from here on, or it would never see the end of its input, and we not that of its outputs.
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        Ok(Self {
+            child: child?,
+            pipes,
+        })
     }
 
     /// Gives it as much of `input` as its pipe takes at once: nearly always all of it, so that it can work while the
     /// caller does something else.
+    #[cfg(test)]
     pub(crate) fn give(&mut self, input: &[u8]) -> io::Result<()> {
-        give(&mut self.child.stdin, input, &mut self.given)
+        self.pipes.give(input)
     }
 
     /// What it has written to stdout, as soon as `is_whole` says that this is all; None: it has not said so and ended,
@@ -107,14 +207,14 @@ impl Running {
     /// Waits for its end or the time limit. `input` is all that it is to be given. What it has started and left behind
     /// may hold its outputs for longer: that says nothing more for it.
     pub(crate) fn finish(mut self, input: &[u8]) -> io::Result<Outcome> {
-        let outcome = self.give(input).and_then(|()| self.await_end(input));
+        let outcome = self.pipes.give(input).and_then(|()| self.await_end(input));
         if !matches!(outcome, Ok(Some(_))) {
             self.kill()?;
         }
         Ok(Outcome {
             status: outcome?,
-            stdout: std::mem::take(&mut self.stdout),
-            stderr: std::mem::take(&mut self.stderr),
+            stdout: std::mem::take(&mut self.pipes.out),
+            stderr: std::mem::take(&mut self.pipes.err),
         })
     }
 
@@ -124,10 +224,9 @@ impl Running {
         if self.child.try_wait()?.is_none() && self.talk(input, |_| false)? == Talked::TooLong {
             return Ok(None);
         }
-        let status = wait(&mut self.child, self.deadline)?;
+        let status = wait(&mut self.child, self.pipes.deadline)?;
         // What it said last, which is all in the pipes by now.
-        read_some(&mut self.child.stdout, &mut self.stdout)?;
-        read_some(&mut self.child.stderr, &mut self.stderr)?;
+        self.pipes.read()?;
         Ok(status)
     }
 
@@ -135,7 +234,7 @@ impl Running {
     /// and then there is one thing to wake up for instead of three: the ends of two pipes and its own.
     fn await_end_alone(&self) -> io::Result<()> {
         const A_LITTLE: Duration = Duration::from_millis(20);
-        if self.child.stdin.is_some() {
+        if self.pipes.stdin.is_some() {
             return Ok(());
         }
         match PidFd::open(self.child.id()) {
@@ -147,30 +246,29 @@ impl Running {
 
     /// Writes the input and reads both outputs, to their ends, to the program's own end, or until stdout is `enough`.
     fn talk(&mut self, input: &[u8], mut enough: impl FnMut(&[u8]) -> bool) -> io::Result<Talked> {
-        let process = PidFd::open(self.child.id());
-        let Child {
-            stdin,
-            stdout: out,
-            stderr: err,
-            ..
-        } = &mut self.child;
         // None where a filter forbids to ask for it.
-        let process = process.ok();
+        let process = PidFd::open(self.child.id()).ok();
+        let pipes = &mut self.pipes;
         loop {
-            if out.is_none() && err.is_none() {
+            if pipes.stdout.is_none() && pipes.stderr.is_none() {
                 return Ok(Talked::ToTheEnd);
             }
-            let left = self.deadline.saturating_duration_since(Instant::now());
+            let left = pipes.deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Ok(Talked::TooLong);
             }
             let mut fds: Vec<_> = [
-                stdin
+                pipes
+                    .stdin
                     .as_ref()
                     .map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLOUT)),
-                out.as_ref()
+                pipes
+                    .stdout
+                    .as_ref()
                     .map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)),
-                err.as_ref()
+                pipes
+                    .stderr
+                    .as_ref()
                     .map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)),
                 process
                     .as_ref()
@@ -185,11 +283,10 @@ impl Running {
             }
             let ended = process.is_some() && fds.last().and_then(PollFd::any).unwrap_or_default();
             drop(fds);
-            give(stdin, input, &mut self.given)?;
-            let before = self.stdout.len();
-            read_some(out, &mut self.stdout)?;
-            read_some(err, &mut self.stderr)?;
-            if self.stdout.len() > before && enough(&self.stdout) {
+            pipes.give(input)?;
+            let before = pipes.out.len();
+            pipes.read()?;
+            if pipes.out.len() > before && enough(&pipes.out) {
                 return Ok(Talked::Enough);
             }
             // Then all that it has written was there to be read.
@@ -215,25 +312,6 @@ impl Drop for Running {
             let _ = self.kill();
         }
     }
-}
-
-/// Writes what the pipe takes of the rest of `input`, and closes it at the end.
-fn give(stdin: &mut Option<ChildStdin>, input: &[u8], given: &mut usize) -> io::Result<()> {
-    while let Some(pipe) = stdin {
-        let rest = input.get(*given..).unwrap_or_default();
-        if rest.is_empty() {
-            *stdin = None;
-            break;
-        }
-        match pipe.write(rest) {
-            Ok(written) => *given += written,
-            Err(error) if would_block(&error) => break,
-            // It has closed its stdin: that is its own business, its exit status says the rest.
-            Err(error) if error.kind() == ErrorKind::BrokenPipe => *given = input.len(),
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }
 
 /// Reads what is there now; at the end of the pipe it becomes None.
@@ -366,6 +444,40 @@ mod tests {
     }
 
     #[test]
+    fn it_can_be_told_before_it_has_started() {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", "cat; exit 3"]);
+        let mut starting = Starting::begin(command, LONG).expect("begins");
+        starting.give(b"it").expect("takes it");
+        let running = starting.started().expect("starts");
+        let outcome = running.finish(b"it").expect("ends");
+        assert_eq!(outcome.stdout, b"it");
+        assert_eq!(outcome.status.and_then(|status| status.code()), Some(3));
+    }
+
+    #[test]
+    fn one_that_is_not_told_is_killed() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mark = dir.path().to_str().expect("a path of letters").to_owned();
+        let mut command = Command::new("/bin/sh");
+        // The end of its input alone does not end it.
+        command.args(["-c", "sleep 300; :", &mark]);
+        drop(Starting::begin(command, LONG).expect("begins"));
+        let left = std::fs::read_dir("/proc").expect("proc").flatten();
+        let mut left = left.filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok());
+        assert!(!left.any(|line| String::from_utf8_lossy(&line).contains(&mark)));
+    }
+
+    #[test]
+    fn what_cannot_be_started_says_so_when_it_is_asked() {
+        let begun = Starting::begin(Command::new("/nonexistent"), LONG);
+        let mut starting = begun.expect("begins");
+        starting.give(&vec![0; 1 << 20]).expect("nobody takes it");
+        let error = starting.started().expect_err("there is no such program");
+        assert_eq!(error.kind(), ErrorKind::NotFound);
+    }
+
+    #[test]
     fn its_end_is_the_end_whoever_else_holds_its_outputs() {
         // With what it has started still there after a moment, and after more than that.
         for pause in ["0", "0.1"] {
@@ -387,7 +499,7 @@ mod tests {
         let mut running = Running::start(&mut command, LONG).expect("starts");
         let process = PidFd::open(running.child.id()).expect("a process");
         await_exit(&process, LONG).expect("ends");
-        running.deadline = Instant::now();
+        running.pipes.deadline = Instant::now();
         let outcome = running.finish(b"").expect("ended");
         assert!(outcome.status.expect("in time").success());
         assert_eq!(outcome.stdout, b"in time\n");

@@ -12,9 +12,9 @@ use crate::attachment::Attachment;
 use crate::bridge::plan::Role;
 use crate::bridge::wire::Base;
 use crate::cni::config::Config;
-use crate::cni::delegate::{Ipam, Leased, Leasing, Prepared, Promise};
+use crate::cni::delegate::{Ipam, Leased, Leasing, NotLeased, Prepared, Promise};
 use crate::cni::env::Call;
-use crate::cni::error::{CniError, Code, Result};
+use crate::cni::error::{CniError, Result};
 use crate::cni::ipam::{Lease, LeasedIp, RouteConfig};
 use crate::cni::options::{BridgeOptions, Mode, Options};
 use crate::cni::result::{self, Attached, Interface};
@@ -264,23 +264,21 @@ impl<'a> Add<'a> {
     }
 
     fn lease(&mut self, leasing: Leasing<'a>) -> Result<Lease> {
-        let has_begun = !matches!(leasing, Leasing::NotStarted(_));
-        let mut lease = leasing.finish().map(|Leased { lease, promise }| {
-            self.promise = promise;
-            lease
-        });
-        // A plugin that reported its own error has undone what it did, and what is leased under this id may
-        // belong to an attachment that lives. One that broke or was killed may have leased already.
-        self.made.lease = match &mut lease {
-            Ok(lease) => {
+        match leasing.finish() {
+            Ok(Leased { mut lease, promise }) => {
+                self.promise = promise;
+                self.made.lease = true;
                 lease.routes.extend(self.options.routes.iter().cloned());
-                true
+                Ok(lease)
             }
-            Err(error) => {
-                has_begun && matches!(error.code, Code::TRY_AGAIN | Code::DECODE | Code::IPAM)
+            Err(NotLeased {
+                error,
+                may_be_leased,
+            }) => {
+                self.made.lease = may_be_leased;
+                Err(error)
             }
-        };
-        lease
+        }
     }
 
     fn result(

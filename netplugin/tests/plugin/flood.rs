@@ -13,6 +13,7 @@ use kbp_kernel::netns::Netns;
 use kbp_kernel::process::Scheduling;
 use kbp_kernel::ring::{PollRing, RingOptions};
 use kbp_kernel::{Error, MacAddr, Mtu, NapiId, cpu};
+use kbp_tests::not_tested;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::unistd::Pid;
@@ -20,7 +21,7 @@ use serde_json::{Value, json};
 
 use crate::pollable::napis;
 use crate::traffic::{any, ip, udp};
-use crate::world::{self, World, address, command, not_tested};
+use crate::world::{self, World, address, command};
 
 const DATAGRAMS: usize = 100_000;
 /// Room for all of them in the receiver's socket: a slow program is not the link's fault.

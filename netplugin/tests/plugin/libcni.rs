@@ -10,12 +10,11 @@ use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 
 use kbp_kernel::ethtool;
+use kbp_tests::not_tested;
 use serde_json::{Value, json};
 
 use crate::traffic::{ip, udp_echo};
-use crate::world::{
-    HOST_V4, OUTSIDE_V4, Pod, REFERENCE_PLUGINS, World, empty_directory, not_tested,
-};
+use crate::world::{HOST_V4, OUTSIDE_V4, Pod, REFERENCE_PLUGINS, World, empty_directory};
 
 const MODULE: &str = "github.com/containernetworking/cni/cnitool";
 /// The first version with drop-in files, GC and STATUS.

@@ -59,21 +59,6 @@ pub(crate) struct Answer {
     pub(crate) stderr: String,
 }
 
-/// Says what this machine lacks the means to test: on the terminal, where nothing is seen of what a test that passes
-/// prints, and in a file that `make test` shows at its end.
-pub(crate) fn not_tested(what: &str) {
-    let line = format!("NOT TESTED: {what}\n");
-    // A closed terminal is no reason to fail.
-    let _ = std::io::stderr().write_all(line.as_bytes());
-    let list = Path::new(env!("CARGO_TARGET_TMPDIR")).join("not-tested");
-    let written = fs::OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(list)
-        .and_then(|mut file| file.write_all(line.as_bytes()));
-    written.expect("write to the list of what was not tested");
-}
-
 impl World {
     pub(crate) fn new() -> Self {
         assert!(
