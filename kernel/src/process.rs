@@ -15,8 +15,8 @@ pub use limits::OpenFiles;
 pub use parent::end_with_parent;
 pub use reap::{Exit, ExitInfo, become_subreaper, consume, peek_ended, wait_any_peek};
 pub use scheduling::{
-    Scheduling, Switches, Turns, affinity, affinity_count, cpu_time, cpu_time_of_all, last_cpu,
-    scheduling, set_affinity, set_scheduling, switches, turns,
+    Scheduling, Switches, Turns, affinity, affinity_count, cpu_time, cpu_time_of_all, current_cpu,
+    last_cpu, scheduling, set_affinity, set_affinity_of, set_scheduling, switches, turns,
 };
 
 use std::io::{IoSliceMut, Read as _, Write as _};

@@ -228,6 +228,27 @@ fn threads_are_pinned() {
 }
 
 #[test]
+fn a_thread_whose_id_nobody_knows_is_pinned() {
+    for cpu in cpu::allowed().expect("allowed").iter() {
+        let (go_on, awaited) = mpsc::channel();
+        let thread = thread::spawn(move || {
+            awaited.recv().expect("told to go on");
+            (process::affinity(0), process::current_cpu())
+        });
+        let one = CpuSet::from_iter([cpu]);
+        process::set_affinity_of(&thread, &one).expect("pin");
+        go_on.send(()).expect("it waits");
+        let (may, is) = thread.join().expect("thread");
+        assert_eq!((may.expect("read"), is.expect("ask")), (one, cpu));
+    }
+    let thread = thread::spawn(|| ());
+    let nowhere = CpuSet::from_iter([CpuId(8191)]);
+    let error = process::set_affinity_of(&thread, &nowhere).expect_err("no such CPU");
+    assert!(error.to_string().contains("8191"), "{error}");
+    thread.join().expect("thread");
+}
+
+#[test]
 fn memory_of_another_process_is_read() {
     let text = *b"in the stack of this thread";
     let mut copy = [0; 27];

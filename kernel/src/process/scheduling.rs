@@ -1,6 +1,8 @@
 //! Where, in which class and for how long threads run.
 
+use std::os::unix::thread::JoinHandleExt as _;
 use std::path::Path;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::{raw_tid, stat_fields};
@@ -82,6 +84,7 @@ pub fn affinity(tid: u32) -> Result<CpuSet> {
     Ok(affinity_mask(tid)?
         .iter()
         .zip((0u32..).step_by(usize::BITS as usize))
+        .filter(|(word, _)| **word != 0)
         .flat_map(|(word, first)| {
             (0..usize::BITS)
                 .filter(move |bit| word >> bit & 1 == 1)
@@ -114,17 +117,7 @@ fn affinity_mask(tid: u32) -> Result<[usize; MASK_WORDS]> {
 
 /// Sets the CPUs that thread `tid` may run on (0: the caller).
 pub fn set_affinity(tid: u32, cpus: &CpuSet) -> Result<()> {
-    let mut mask = [0usize; MASK_WORDS];
-    for cpu in cpus.iter() {
-        let word = mask
-            .get_mut((cpu.0 / usize::BITS) as usize)
-            .ok_or_else(|| Error::Invalid {
-                name: "CPU",
-                value: cpu.to_string(),
-                expected: "a number below 8192".to_owned(),
-            })?;
-        *word |= 1 << (cpu.0 % usize::BITS);
-    }
+    let mask = mask_of(cpus)?;
     // SAFETY: `mask` lives through the call and its size is given.
     let answer = unsafe {
         libc::syscall(
@@ -136,6 +129,55 @@ pub fn set_affinity(tid: u32, cpus: &CpuSet) -> Result<()> {
     };
     check(answer, || format!("pin thread {tid} to the CPUs {cpus}"))?;
     Ok(())
+}
+
+/// Sets the CPUs that a thread of this process may run on whose id nobody knows, since it has perhaps not run yet. One that
+/// has not is moved at once when it waits for another CPU.
+///
+/// # Errors
+/// [`Error::Syscall`] also when it has ended (ESRCH).
+pub fn set_affinity_of<T>(thread: &JoinHandle<T>, cpus: &CpuSet) -> Result<()> {
+    let mask = mask_of(cpus)?;
+    // SAFETY: the handle is there, so that the thread was neither joined nor detached and its pthread_t is valid; `mask` lives
+    // through the call, and its size is given, which the C library hands to the kernel whatever the C type's is.
+    let errno = unsafe {
+        libc::pthread_setaffinity_np(
+            thread.as_pthread_t(),
+            size_of_val(&mask),
+            mask.as_ptr().cast(),
+        )
+    };
+    if errno != 0 {
+        return Err(Error::Syscall {
+            what: format!("pin a thread to the CPUs {cpus}"),
+            source: std::io::Error::from_raw_os_error(errno),
+        });
+    }
+    Ok(())
+}
+
+fn mask_of(cpus: &CpuSet) -> Result<[usize; MASK_WORDS]> {
+    let mut mask = [0usize; MASK_WORDS];
+    for cpu in cpus.iter() {
+        let word = mask
+            .get_mut((cpu.0 / usize::BITS) as usize)
+            .ok_or_else(|| Error::Invalid {
+                name: "CPU",
+                value: cpu.to_string(),
+                expected: "a number below 8192".to_owned(),
+            })?;
+        *word |= 1 << (cpu.0 % usize::BITS);
+    }
+    Ok(mask)
+}
+
+/// CPU on which the caller runs now.
+pub fn current_cpu() -> Result<CpuId> {
+    // SAFETY: no arguments.
+    let cpu = check(unsafe { libc::sched_getcpu() }, || {
+        "ask for the CPU that the caller runs on".to_owned()
+    })?;
+    Ok(CpuId(cpu.unsigned_abs()))
 }
 
 /// CPU on which thread `tid` of process `pid` ran last (field 39 of /proc/PID/task/TID/stat).

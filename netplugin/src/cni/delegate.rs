@@ -351,9 +351,11 @@ impl<'a> Plugin<'a> {
 
     fn command(&self, verb: Verb, environment: &[(&str, &str)]) -> Command {
         let mut command = Command::new(&self.binary);
-        command
-            .env("CNI_COMMAND", verb.as_str())
-            .envs(environment.iter().copied());
+        command.envs(environment.iter().copied());
+        // An environment that is not ours is made anew, variable by variable.
+        if std::env::var_os("CNI_COMMAND").is_none_or(|ours| ours != verb.as_str()) {
+            command.env("CNI_COMMAND", verb.as_str());
+        }
         command
     }
 

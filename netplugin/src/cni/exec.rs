@@ -4,10 +4,13 @@ use std::io::{self, ErrorKind, PipeReader, PipeWriter, Read, Write, pipe};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use kbp_kernel::process::PidFd;
+use kbp_kernel::process::{self, PidFd};
+use kbp_kernel::{CpuId, CpuSet};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, killpg};
@@ -35,13 +38,16 @@ pub(crate) struct Running {
     pipes: Pipes,
 }
 
-/// A program that is being started by a thread of its own, so that the caller goes on at once.
+/// A program that is being started by a thread of its own, on another CPU than the caller's, so that both get on at once. Dropped, it is killed
+/// when it has started.
 ///
-/// A thread that starts a program itself sleeps until the kernel has loaded it, and wakes up on the CPU on which it fell asleep. That is where
-/// the program has begun, and then the two take turns on one CPU, whether there is another that has nothing to do or not.
-/// Dropped, it is killed when it has started.
+/// Left to itself the kernel may put all that has only just begun to run on one CPU, whether another one has nothing to do or not: who starts a
+/// program sleeps until it is loaded and wakes up where it is, and then the two take turns.
 #[derive(Debug)]
-pub(crate) struct Starting(Option<(JoinHandle<io::Result<Child>>, Pipes)>);
+pub(crate) struct Starting(Option<(Starter, Pipes)>);
+
+/// The thread; it hands back what it started, and with what.
+type Starter = JoinHandle<(io::Result<Child>, Command)>;
 
 /// What connects us with a program.
 #[derive(Debug)]
@@ -113,15 +119,60 @@ impl Pipes {
     }
 }
 
+/// The CPUs that we may run on, where there are several.
+#[derive(Debug, Clone)]
+struct Cpus {
+    all: CpuSet,
+    here: CpuId,
+}
+
+impl Cpus {
+    fn find() -> Option<Self> {
+        let all = process::affinity(0).ok()?;
+        let here = process::current_cpu().ok()?;
+        (all.len() > 1).then_some(Self { all, here })
+    }
+
+    /// Keeps a thread from the CPU on which we are. That it cannot be done is no reason for anything.
+    fn elsewhere<T>(&self, thread: &JoinHandle<T>) {
+        let others = self.all.iter().filter(|cpu| *cpu != self.here).collect();
+        let _ = process::set_affinity_of(thread, &others);
+    }
+
+    /// Lets the caller run on any of them.
+    fn anywhere(&self) {
+        let _ = process::set_affinity(0, &self.all);
+    }
+}
+
 impl Starting {
     /// Begins to start `command`, which has no input yet: it comes as far as it comes without.
     pub(crate) fn begin(mut command: Command, limit: Duration) -> io::Result<Self> {
         // The thread calls the kernel and nothing else.
         const STACK: usize = 64 << 10;
         let pipes = Pipes::connect(&mut command, limit)?;
-        let thread = thread::Builder::new()
-            .stack_size(STACK)
-            .spawn(move || command.spawn())?;
+        let cpus = Cpus::find();
+        let placed = Arc::new(AtomicBool::new(false));
+        let body = {
+            let (cpus, placed) = (cpus.clone(), Arc::clone(&placed));
+            move || {
+                while !placed.load(Ordering::Acquire) {
+                    thread::park();
+                }
+                // The program itself may run wherever we may.
+                if let Some(cpus) = cpus {
+                    cpus.anywhere();
+                }
+                // What is left of the command is the caller's to drop: here it would keep the program from its CPU.
+                (command.spawn(), command)
+            }
+        };
+        let thread = thread::Builder::new().stack_size(STACK).spawn(body)?;
+        if let Some(cpus) = cpus {
+            cpus.elsewhere(&thread);
+        }
+        placed.store(true, Ordering::Release);
+        thread.thread().unpark();
         Ok(Self(Some((thread, pipes))))
     }
 
@@ -144,7 +195,7 @@ impl Starting {
     /// None: it panicked, or was waited for before.
     fn join(&mut self) -> Option<io::Result<Running>> {
         let (thread, pipes) = self.0.take()?;
-        let child = thread.join().ok()?;
+        let (child, _command) = thread.join().ok()?;
         Some(child.map(|child| Running { child, pipes }))
     }
 }
@@ -453,6 +504,18 @@ mod tests {
         let outcome = running.finish(b"it").expect("ends");
         assert_eq!(outcome.stdout, b"it");
         assert_eq!(outcome.status.and_then(|status| status.code()), Some(3));
+    }
+
+    #[test]
+    fn it_may_run_wherever_we_may() {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", "grep Cpus_allowed_list /proc/self/status"]);
+        let starting = Starting::begin(command, LONG).expect("begins");
+        let running = starting.started().expect("starts");
+        let outcome = running.finish(b"").expect("ends");
+        let its = String::from_utf8(outcome.stdout).expect("text");
+        let ours = std::fs::read_to_string("/proc/thread-self/status").expect("status");
+        assert!(!its.is_empty() && ours.contains(&its), "{its} in {ours}");
     }
 
     #[test]
