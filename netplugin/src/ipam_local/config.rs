@@ -14,7 +14,7 @@ use crate::cni::ipam::{self, RouteConfig};
 use crate::cni::json::{is_empty, object, string};
 
 const DEFAULT_DATA_DIR: &str = "/var/lib/cni/networks";
-const SUBNETS: &str = "a subnet without host bits, at most /30 or /126, e.g. \"10.88.0.0/16\"";
+const SUBNETS: &str = "a subnet of hosts (not loopback, multicast or IPv4-mapped) without host bits, at most /30 or /126, e.g. \"10.88.0.0/16\"";
 const RANGES: &str = "a list of lists of {\"subnet\": \"…\"}";
 const IPS: &str = "a list of addresses";
 
@@ -119,6 +119,15 @@ fn set_list(value: Option<&Value>, key: &str) -> Result<Vec<RangeSet>> {
     Ok(sets)
 }
 
+/// Whether the addresses of a subnet, as far as its two ends tell, are such as a packet can come from.
+fn is_of_hosts(net: &IpNet) -> bool {
+    let is_hosts = |address: IpAddr| {
+        let is_mapped = matches!(address, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some());
+        !(address.is_unspecified() || address.is_loopback() || address.is_multicast() || is_mapped)
+    };
+    is_hosts(net.network()) && is_hosts(net.broadcast())
+}
+
 fn range(entry: &Map<String, Value>, path: &str) -> Result<Range> {
     let text = |key: &str, allowed: &str| -> Result<Option<String>> {
         let found = string(entry, key, allowed).map_err(|error| CniError {
@@ -134,6 +143,7 @@ fn range(entry: &Map<String, Value>, path: &str) -> Result<Range> {
     let subnet: Option<IpNet> = subnet_text.as_deref().and_then(|text| text.parse().ok());
     let subnet = subnet
         .filter(|net| net.trunc() == *net && net.prefix_len() + 2 <= net.max_prefix_len())
+        .filter(is_of_hosts)
         .ok_or_else(|| refuse("subnet", subnet_text.as_deref(), SUBNETS))?;
     let address = |key: &str, default: IpAddr, inside: bool| -> Result<IpAddr> {
         let allowed = if inside {
@@ -297,6 +307,27 @@ mod tests {
         for (ipam, parts) in [
             (json!({}), ["ipam.ranges", "null"]),
             (json!({ "ranges": [] }), ["ipam.ranges", "[]"]),
+            (
+                json!({ "subnet": "127.0.0.0/8" }),
+                ["ipam.subnet", "multicast"],
+            ),
+            (
+                json!({ "subnet": "224.0.0.0/24" }),
+                ["ipam.subnet", "multicast"],
+            ),
+            (
+                json!({ "subnet": "0.0.0.0/0" }),
+                ["ipam.subnet", "multicast"],
+            ),
+            (
+                json!({ "subnet": "::ffff:10.9.0.0/120" }),
+                ["ipam.subnet", "multicast"],
+            ),
+            (
+                json!({ "subnet": "ff02::/64" }),
+                ["ipam.subnet", "multicast"],
+            ),
+            (json!({ "subnet": "::/0" }), ["ipam.subnet", "multicast"]),
             (json!({ "ranges": [[]] }), ["ipam.ranges[0]", "[]"]),
             (
                 json!({ "ranges": [{ "subnet": "10.1.0.0/24" }] }),
