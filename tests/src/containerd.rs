@@ -336,9 +336,19 @@ impl<'s> Containerd<'s> {
         self.ctr(arguments)
     }
 
+    /// What `ctr tasks …` prints.
+    ///
+    /// # Errors
+    /// When it does not succeed.
+    pub fn tasks<S: AsRef<str>>(&self, arguments: impl IntoIterator<Item = S>) -> Result<String> {
+        let mut words = vec!["tasks".to_owned()];
+        words.extend(arguments.into_iter().map(|a| a.as_ref().to_owned()));
+        Ok(self.ctr(words)?.success()?.stdout)
+    }
+
     /// State of a container's task as `ctr tasks ls` says it (`RUNNING`, `STOPPED`, `PAUSED`…) and its process id; None: no task.
     pub fn task(&self, container: &str) -> Result<Option<(String, u32)>> {
-        let list = self.ctr(["tasks", "ls"])?.success()?.stdout;
+        let list = self.tasks(["ls"])?;
         Ok(list.lines().find_map(|line| {
             let mut words = line.split_whitespace();
             (words.next()? == container).then_some(())?;

@@ -150,6 +150,17 @@ impl<'s> Lab<'s> {
         Pod::new(self.sandbox, id, &Network::ptp(self.sandbox)).expect("pod in ptp's network")
     }
 
+    /// Starts a container in `pod` that does nothing, whose worker has idle cycles: what any machine has.
+    pub fn start_sleeper(&self, id: &str, pod: &Pod<'_>) {
+        let run = self
+            .container(id, ["sleep", "1000"])
+            .annotation("kbp.io/worker", "idle")
+            .netns(&pod.netns.path());
+        self.containerd
+            .start_container(run)
+            .expect("start a container that sleeps");
+    }
+
     /// Where kbp keeps its state, seen from outside.
     pub fn state_dir(&self) -> std::path::PathBuf {
         self.sandbox.dir().join("run/kbp")

@@ -39,16 +39,8 @@ fn a_storm_of_trapped_calls(lab: &Lab<'_>) {
                 output.stdout.contains("failures under signals: 0"),
                 "round {round}, exec {n}: {output}"
             );
-            lab.containerd
-                .ctr(["tasks", "pause", "c"])
-                .expect("pause")
-                .success()
-                .expect("pause");
-            lab.containerd
-                .ctr(["tasks", "resume", "c"])
-                .expect("resume")
-                .success()
-                .expect("resume");
+            lab.containerd.tasks(["pause", "c"]).expect("pause");
+            lab.containerd.tasks(["resume", "c"]).expect("resume");
         }
         assert!(
             running(pid),
@@ -183,13 +175,7 @@ fn two_interfaces() {
         second
             .add("pod", &pod.netns, "eth1")
             .expect("second interface");
-        lab.containerd
-            .start_container(
-                lab.container("c", ["sleep", "1000"])
-                    .annotation("kbp.io/worker", "idle")
-                    .netns(&pod.netns.path()),
-            )
-            .expect("start");
+        lab.start_sleeper("c", &pod);
         let state = lab.state("c").expect("state");
         let mut names: Vec<_> = state
             .interfaces
@@ -261,17 +247,7 @@ fn kbp_outlives_containerd(lab: &Lab<'_>) {
     let server = server.expect("the exec's process");
     assert!(Sockets::of(server).expect("sockets").all_poll_for(45));
     lab.containerd
-        .ctr([
-            "tasks",
-            "kill",
-            "--signal",
-            "SIGKILL",
-            "--exec-id",
-            "e",
-            "c",
-        ])
-        .expect("kill")
-        .success()
+        .tasks(["kill", "--signal", "SIGKILL", "--exec-id", "e", "c"])
         .expect("kill");
     exec.wait(LIMIT).expect("end of the exec");
     lab.containerd.remove("c").expect("remove");
@@ -282,13 +258,7 @@ fn kbp_outlives_containerd(lab: &Lab<'_>) {
 fn the_link_goes_down_and_up() {
     on(Arm::KBP, |lab| {
         let pod = lab.pod("pod");
-        lab.containerd
-            .start_container(
-                lab.container("c", ["sleep", "1000"])
-                    .netns(&pod.netns.path())
-                    .annotation("kbp.io/worker", "idle"),
-            )
-            .expect("start");
+        lab.start_sleeper("c", &pod);
         let before = lab.state("c").expect("state").interfaces[0].clone();
         lab.sandbox
             .ip(&format!("link set {} down", before.host_interface))
@@ -318,13 +288,7 @@ fn the_link_goes_down_and_up() {
 fn the_network_goes_first() {
     on(Arm::KBP, |lab| {
         let pod = lab.pod("pod");
-        lab.containerd
-            .start_container(
-                lab.container("c", ["sleep", "1000"])
-                    .annotation("kbp.io/worker", "idle")
-                    .netns(&pod.netns.path()),
-            )
-            .expect("start");
+        lab.start_sleeper("c", &pod);
         assert!(lab.state("c").expect("state").worker.is_some());
         drop(pod);
         lab.answers("c");

@@ -156,9 +156,7 @@ fn quick_start(generation: Generation, cni_bin_dir: &str) {
     assert!(answered.contains("answered 20"), "{answered}");
 
     containerd
-        .ctr(["tasks", "kill", "--signal", "SIGKILL", "r1"])
-        .expect("kill")
-        .success()
+        .tasks(["kill", "--signal", "SIGKILL", "r1"])
         .expect("kill");
     let output = running.wait(LIMIT).expect("end");
     assert_eq!(output.code, Some(137), "{output}");

@@ -30,16 +30,8 @@ fn events_are_in_order(lab: &Lab<'_>) {
             .expect("exec")
             .success()
             .expect("exec");
-        lab.containerd
-            .ctr(["tasks", "pause", &id])
-            .expect("pause")
-            .success()
-            .expect("pause");
-        lab.containerd
-            .ctr(["tasks", "resume", &id])
-            .expect("resume")
-            .success()
-            .expect("resume");
+        lab.containerd.tasks(["pause", &id]).expect("pause");
+        lab.containerd.tasks(["resume", &id]).expect("resume");
         lab.containerd.remove(&id).expect("remove");
         let life = [
             "create",
@@ -136,9 +128,7 @@ fn containers_outlive_containerd(lab: &Lab<'_>) {
     );
     lab.answers("c");
     lab.containerd
-        .ctr(["tasks", "kill", "--signal", "SIGKILL", "c"])
-        .expect("kill")
-        .success()
+        .tasks(["kill", "--signal", "SIGKILL", "c"])
         .expect("kill");
     lab.containerd
         .wait_for_state("c", "STOPPED")

@@ -147,13 +147,7 @@ fn a_killed_shim_leaves_nothing(lab: &Lab<'_>) {
 /// Shim and containerd are killed together, as when a node runs out of memory; the next start of containerd clears it away.
 fn a_killed_node_is_cleared_at_the_next_start(lab: &Lab<'_>) {
     let pod = lab.pod("pod");
-    lab.containerd
-        .start_container(
-            lab.container("c", ["sleep", "1000"])
-                .annotation("kbp.io/worker", "idle")
-                .netns(&pod.netns.path()),
-        )
-        .expect("start");
+    lab.start_sleeper("c", &pod);
     let pid = lab.containerd.pid("c").expect("pid");
     let shim = lab.containerd.shim_pid("c").expect("shim");
     lab.containerd.kill();
@@ -172,13 +166,7 @@ fn a_killed_node_is_cleared_at_the_next_start(lab: &Lab<'_>) {
     std::fs::remove_dir_all(lab.sandbox.dir().join("run/containerd/fifo"))
         .expect("the client's fifos");
     // The name is free, and kbp works for it.
-    lab.containerd
-        .start_container(
-            lab.container("c", ["sleep", "1000"])
-                .annotation("kbp.io/worker", "idle")
-                .netns(&pod.netns.path()),
-        )
-        .expect("again");
+    lab.start_sleeper("c", &pod);
     let state = lab.state("c").expect("state");
     assert!(
         state.worker.is_some() && state.degraded.is_empty(),

@@ -26,9 +26,7 @@ fn signals(lab: &Lab<'_>) {
     let mut foreground = lab.containerd.ctr_start(run.arguments()).expect("run");
     wait_for_file(lab, "tmp/ready");
     lab.containerd
-        .ctr(["tasks", "kill", "--signal", "SIGTERM", "c"])
-        .expect("kill")
-        .success()
+        .tasks(["kill", "--signal", "SIGTERM", "c"])
         .expect("kill");
     let output = foreground.wait(LIMIT).expect("it ends");
     assert_eq!(output.code, Some(33), "{output}");
@@ -40,20 +38,14 @@ fn signals(lab: &Lab<'_>) {
         ))
         .expect("start");
     wait_for_file(lab, "tmp/ready");
-    lab.containerd
-        .ctr(["tasks", "kill", "c"])
-        .expect("kill")
-        .success()
-        .expect("kill");
+    lab.containerd.tasks(["kill", "c"]).expect("kill");
     assert_eq!(
         lab.containerd.task("c").expect("task").expect("task").0,
         "RUNNING",
         "TERM is ignored"
     );
     lab.containerd
-        .ctr(["tasks", "kill", "--signal", "SIGKILL", "c"])
-        .expect("kill")
-        .success()
+        .tasks(["kill", "--signal", "SIGKILL", "c"])
         .expect("kill");
     lab.containerd
         .wait_for_state("c", "STOPPED")
@@ -134,9 +126,7 @@ fn signals_to_execs_and_to_all(lab: &Lab<'_>) {
     })
     .expect("exec");
     lab.containerd
-        .ctr(["tasks", "kill", "--all", "--signal", "SIGKILL", "c"])
-        .expect("kill")
-        .success()
+        .tasks(["kill", "--all", "--signal", "SIGKILL", "c"])
         .expect("kill");
     assert_eq!(exec.wait(LIMIT).expect("it ends").code, Some(137));
     lab.containerd
@@ -161,11 +151,7 @@ fn pause_and_resume(lab: &Lab<'_>) {
         })
     };
     grows(0).expect("it runs");
-    lab.containerd
-        .ctr(["tasks", "pause", "c"])
-        .expect("pause")
-        .success()
-        .expect("pause");
+    lab.containerd.tasks(["pause", "c"]).expect("pause");
     lab.containerd
         .wait_for_state("c", "PAUSED")
         .expect("paused");
@@ -178,20 +164,12 @@ fn pause_and_resume(lab: &Lab<'_>) {
         );
     }
     assert_eq!(length(), at_pause, "it ran while it was paused");
-    lab.containerd
-        .ctr(["tasks", "resume", "c"])
-        .expect("resume")
-        .success()
-        .expect("resume");
+    lab.containerd.tasks(["resume", "c"]).expect("resume");
     lab.containerd
         .wait_for_state("c", "RUNNING")
         .expect("running");
     grows(at_pause).expect("it goes on");
     // A paused container can be killed and removed.
-    lab.containerd
-        .ctr(["tasks", "pause", "c"])
-        .expect("pause")
-        .success()
-        .expect("pause");
+    lab.containerd.tasks(["pause", "c"]).expect("pause");
     lab.containerd.remove("c").expect("remove");
 }

@@ -35,13 +35,7 @@ fn processes_and_metrics(lab: &Lab<'_>) {
         }
     })
     .expect("ps");
-    let metrics = lab
-        .containerd
-        .ctr(["tasks", "metrics", "c"])
-        .expect("metrics")
-        .success()
-        .expect("metrics")
-        .stdout;
+    let metrics = lab.containerd.tasks(["metrics", "c"]).expect("metrics");
     let value = |name: &str| {
         let words = metrics.lines().find_map(|l| l.strip_prefix(name));
         words
@@ -96,9 +90,7 @@ fn deletion(lab: &Lab<'_>) {
     .expect("the shim ends with its last task");
     // A container can be started again after its task was deleted.
     lab.containerd
-        .ctr(["tasks", "start", "--detach", "c"])
-        .expect("start")
-        .success()
+        .tasks(["start", "--detach", "c"])
         .expect("start again");
     lab.containerd.remove("c").expect("remove");
 }
