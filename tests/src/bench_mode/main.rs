@@ -19,6 +19,8 @@ use serde::Serialize;
 
 /// `/proc/PID/stat` counts in these.
 const TICKS_PER_SECOND: f64 = 100.0;
+/// The name of the arm without kbp.
+const STOCK: &str = "stock";
 /// Connections that share the requests of a rate.
 const CONNECTIONS: u32 = 16;
 
@@ -46,7 +48,8 @@ struct Options {
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "stock,busy-poll-mode=spin,busy-poll-mode=suspend"
+        default_value = "stock,busy-poll-mode=spin,busy-poll-mode=suspend",
+        value_parser = arm
     )]
     arms: Vec<String>,
     /// Whether CPUs are the pods' own or everybody's.
@@ -83,6 +86,20 @@ fn load(text: &str) -> Result<Load, String> {
     match text.strip_suffix("/s") {
         Some(rate) => number(rate).map(Load::Rate),
         None => number(text).map(Load::Closed),
+    }
+}
+
+/// As it is, if every part is one that a pod can ask for.
+fn arm(text: &str) -> Result<String, String> {
+    let is_asked = |pair: &str| {
+        let parts = pair.split_once('=');
+        parts.is_some_and(|(key, value)| !key.is_empty() && !value.is_empty())
+    };
+    match text == STOCK || text.split('+').all(is_asked) {
+        true => Ok(text.to_owned()),
+        false => Err(format!(
+            "{text}: neither {STOCK} nor KEY=VALUE, as in busy-poll-mode=suspend or busy-poll=50+worker=idle"
+        )),
     }
 }
 
@@ -177,7 +194,7 @@ fn measure(
     place: Placement,
 ) -> Result<Vec<Sample>> {
     let runtime = match arm {
-        "stock" => Runtime::Stock,
+        STOCK => Runtime::Stock,
         _ => Runtime::Kbp,
     };
     let on = |mut guest: Guest, cpu: kbp_kernel::CpuId| {
@@ -311,6 +328,23 @@ fn rows(options: &Options, results: &BTreeMap<Key, Vec<Sample>>) -> Vec<serde_js
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_arm_that_asks_for_nothing_is_refused() {
+        for text in ["stock", "busy-poll=50", "busy-poll=50+worker=idle"] {
+            assert_eq!(arm(text).as_deref(), Ok(text));
+        }
+        for text in [
+            "",
+            "suspend",
+            "busy-poll=",
+            "=50",
+            "busy-poll=50+idle",
+            "stock+x",
+        ] {
+            assert!(arm(text).is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn loads_are_read() {

@@ -64,8 +64,8 @@ struct Options {
     #[arg(long, value_delimiter = ',', default_value = "none")]
     workers: Vec<String>,
     /// Other annotations of the kbp pods, KEY=VALUE.
-    #[arg(long)]
-    annotation: Vec<String>,
+    #[arg(long, value_parser = annotation)]
+    annotation: Vec<(String, String)>,
     /// Situations: own, shared, one-cpu, quota, neighbour.
     #[arg(
         long,
@@ -80,6 +80,11 @@ struct Options {
     /// Directory for raw.jsonl, result.json and the curves.
     #[arg(long, default_value = "target/bench-window")]
     out: PathBuf,
+}
+
+fn annotation(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("not KEY=VALUE")?;
+    Ok((key.to_owned(), value.to_owned()))
 }
 
 fn main() -> ExitCode {
@@ -255,12 +260,7 @@ impl<'s> Bench<'_, 's> {
                 guest = guest
                     .annotation("kbp.io/busy-poll", window)
                     .annotation("kbp.io/worker", worker);
-                for (key, value) in self
-                    .options
-                    .annotation
-                    .iter()
-                    .filter_map(|a| a.split_once('='))
-                {
+                for (key, value) in &self.options.annotation {
                     guest = guest.annotation(key, value);
                 }
             }
