@@ -261,6 +261,7 @@ fn status_lists_the_pods_that_live_and_names_the_files_that_do_not() {
         prefer_busy_poll: false,
         sockets: SocketCounters::default(),
         cpuset: None,
+        short_way: Some("many packets".to_owned()),
         degraded: vec![Degraded {
             part: Part::PollableVeth,
             reason: "eth0 is a netkit".to_owned(),

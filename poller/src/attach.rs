@@ -9,13 +9,14 @@ use std::sync::Arc;
 use kbp_kernel::CpuSet;
 use kbp_kernel::netns::Netns;
 
-use crate::config::Config;
+use crate::config::{Config, Feature};
 use crate::defer::Deferral;
 use crate::endpoint::{self, Endpoint, Found};
 use crate::engine::{Engine, PodKey};
 use crate::place::Placing;
 use crate::policy::Policy;
 use crate::record::Record;
+use crate::short_way::ShortWay;
 use crate::state::{self, Degraded, Part, PodState, SocketCounters};
 use crate::tune::{Offloads, Tuner};
 use crate::window::Window;
@@ -123,12 +124,19 @@ impl Engine {
             // What others left is no reason to leave this pod without its share; doctor tells of it.
             tracing::warn!(%error, "what killed pods left could not be removed");
         }
+        let for_worker = placing(&request).unwanted().is_none();
+        let deferral = Deferral::of(&request);
         let tuner = Tuner {
             host,
             pod: request.netns.try_clone()?,
             profile: request.policy.profile,
-            for_worker: placing(&request).unwanted().is_none(),
-            deferral: Deferral::of(&request),
+            for_worker,
+            short_way: ShortWay::new(
+                request.policy.profile,
+                for_worker || deferral.is_wanted(),
+                request.config.switched_off(Feature::ShortWay).is_some(),
+            ),
+            deferral,
             resting: Arc::default(),
         };
         let mut parts = Parts::find_and_tune(&request, &terms, &tuner, veths, not_pollable);
@@ -253,6 +261,28 @@ impl Attachment {
         }
     }
 
+    /// Has packets for the pod pass by its NAPI, for this reason, or not any more. Nothing happens where a worker polls it, where packets
+    /// wait for its sockets, in the profile `throughput`, and where the operator has switched it off.
+    pub fn set_short_way(&self, why: Option<&str>) {
+        let (Some(before), Some(key)) = (&self.before, self.key) else {
+            return;
+        };
+        let Some(changed) = before.tuner.short_way.set(why.is_some()) else {
+            return;
+        };
+        match why {
+            // Said before it is done and until it is undone: who comes after a kill has to know.
+            Some(_) => {
+                self.record.set_short_way(why);
+                if changed {
+                    self.engine.refresh_soon(key);
+                }
+            }
+            None if changed => self.end_short_way(),
+            None => {}
+        }
+    }
+
     /// Whether the namespace is gone from where it was found ([`Terms::path`]).
     pub fn has_vanished(&self) -> bool {
         self.record.has_vanished()
@@ -303,9 +333,24 @@ impl Attachment {
         }
     }
 
+    fn end_short_way(&self) {
+        let Some(Before { tuner, veths }) = &self.before else {
+            return;
+        };
+        for (veth, _) in veths {
+            if let Err(error) = tuner.end_short_way(veth) {
+                tracing::warn!("packets still pass by the NAPI: {error}");
+            }
+        }
+        self.record.set_short_way(None);
+    }
+
     fn end(&mut self) -> Result<()> {
         self.stop();
         self.end_deferral();
+        if self.record.state().short_way.is_some() {
+            self.end_short_way();
+        }
         self.ended = true;
         state::remove_own(&self.state_dir, &self.namespace, &self.id)
     }

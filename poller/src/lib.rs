@@ -22,6 +22,7 @@ mod place;
 pub mod policy;
 pub mod polled;
 mod record;
+mod short_way;
 pub mod state;
 mod tune;
 pub mod uplink;

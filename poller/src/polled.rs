@@ -75,6 +75,8 @@ struct Inner {
     /// As it is to be attached when it changes hands.
     request: AttachRequest,
     counters: SocketCounters,
+    /// Why packets pass by the pod's NAPI; None: they are not to.
+    short_way: Option<String>,
 }
 
 /// Who polls it.
@@ -145,6 +147,7 @@ impl Polled {
                 who,
                 request,
                 counters: SocketCounters::default(),
+                short_way: None,
             }),
         });
         let followed = Arc::clone(&shared);
@@ -193,6 +196,20 @@ impl Polled {
         inner.counters = counters;
         match &inner.who {
             Who::Own(attachment) => attachment.set_sockets(window, cpuset, counters),
+            Who::Daemon { .. } => inner.update(&[]),
+            Who::Nobody { .. } => {}
+        }
+    }
+
+    /// Has packets for the pod pass by its NAPI, for this reason, or not any more; see [`Attachment::set_short_way`].
+    pub fn set_short_way(&self, why: Option<&str>) {
+        let mut inner = self.shared.lock();
+        if inner.short_way.as_deref() == why {
+            return;
+        }
+        inner.short_way = why.map(str::to_owned);
+        match &inner.who {
+            Who::Own(attachment) => attachment.set_short_way(why),
             Who::Daemon { .. } => inner.update(&[]),
             Who::Nobody { .. } => {}
         }

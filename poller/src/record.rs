@@ -198,6 +198,11 @@ impl Record {
         });
     }
 
+    /// Why packets pass by the pod's NAPI, if they do.
+    pub(crate) fn set_short_way(&self, why: Option<&str>) {
+        self.change(|inner| inner.state.short_way = why.map(str::to_owned));
+    }
+
     /// Takes a new look at the links.
     pub(crate) fn found(&self, interfaces: Vec<InterfaceState>, degraded: Vec<Degraded>) {
         self.change(|inner| {

@@ -12,7 +12,7 @@ pub(crate) use files::{
     check_names, create_dir, pods_dir, read_all_beside, read_stale, remove_file, remove_own,
     remove_stale, replace, sweep_unfinished,
 };
-pub use files::{read_all, remove, stale, taken_cpus, write};
+pub use files::{read_all, remove, stale, takes_short_way, taken_cpus, write};
 pub(crate) use owner::lock;
 pub use owner::start_time;
 
@@ -152,6 +152,9 @@ pub struct PodState {
     pub sockets: SocketCounters,
     /// The pod's cpuset in the kernel's list format, where it has one.
     pub cpuset: Option<String>,
+    /// Why packets for the pod pass by its NAPI, while they do.
+    #[serde(default)]
+    pub short_way: Option<String>,
     /// What is not active.
     pub degraded: Vec<Degraded>,
 }

@@ -16,6 +16,7 @@ use crate::defer::Deferral;
 use crate::endpoint::Endpoint;
 use crate::policy::Profile;
 use crate::record::End;
+use crate::short_way::ShortWay;
 use crate::worker::learn;
 
 /// Packets that the qdisc of a veth end holds while the receiving ring (256 packets) is full; the default queue length
@@ -70,6 +71,18 @@ pub(crate) struct Tuner {
     pub(crate) deferral: Deferral,
     /// Whether the worker has not been wanted for a while: then what the pod sends takes the way around the host end's NAPI, which nobody polls.
     pub(crate) resting: Arc<AtomicBool>,
+    /// Whether packets to the pod pass by whoever could poll.
+    pub(crate) short_way: ShortWay,
+}
+
+/// Has what a host end sends pass the NAPI of the pod end again; fine when it is gone.
+pub(crate) fn leave_short_way(host: &Netns, name: &str) -> Result<()> {
+    let off = |now: Features| Features { tso: false, ..now };
+    match ethtool::features(host, name).and_then(|now| ethtool::set_features(host, name, off(now)))
+    {
+        Err(Error::NotFound { .. }) => Ok(()),
+        outcome => outcome,
+    }
 }
 
 /// The NAPI instances of a link, and a socket to set them by.
@@ -89,6 +102,7 @@ impl Tuner {
             for_worker: self.for_worker,
             deferral: self.deferral.clone(),
             resting: Arc::clone(&self.resting),
+            short_way: self.short_way.clone(),
         })
     }
 
@@ -220,6 +234,12 @@ impl Tuner {
         }
     }
 
+    /// Leads packets to the pod past its NAPI no longer; fine when the veth is gone.
+    pub(crate) fn end_short_way(&self, endpoint: &Endpoint) -> Result<()> {
+        self.short_way.set(false);
+        leave_short_way(&self.host, &endpoint.host_name)
+    }
+
     /// For kernels that do not tell the ids.
     fn without_ids(&self, endpoint: &Endpoint, error: &Error, tuned: &mut Tuned) {
         if !self.for_worker {
@@ -253,9 +273,10 @@ impl Tuner {
             End::Host => (self.for_worker, true),
             End::Pod => (true, self.for_worker),
         };
+        let short = end == End::Host && self.short_way.is_on();
         let wanted = Features {
             gro: now.gro || received,
-            tso: now.tso && !(sends_to_napi && self.profile == Profile::Latency),
+            tso: short || now.tso && !(sends_to_napi && self.profile == Profile::Latency),
         };
         if end == End::Pod && self.takes_short_way() {
             // A veth that cannot have TSO stays as it is.

@@ -315,6 +315,7 @@ mod tests {
             prefer_busy_poll: false,
             sockets: SocketCounters::default(),
             cpuset: cpuset.map(str::to_owned),
+            short_way: None,
             degraded: Vec::new(),
         }
     }

@@ -42,10 +42,11 @@ fn sockets() -> Sockets {
         epolls_given: 4,
         errors: 5,
         epolls_crowded: 6,
+        short_way: "y".to_owned(),
     }
 }
 
-const SOCKETS: &str = "busy_poll_us: 1 busy_poll_reason: \"b\" calls_handled: 2 sockets_set: 3 epolls_given: 4 errors: 5 epolls_crowded: 6";
+const SOCKETS: &str = "busy_poll_us: 1 busy_poll_reason: \"b\" calls_handled: 2 sockets_set: 3 epolls_given: 4 errors: 5 epolls_crowded: 6 short_way: \"y\"";
 
 fn degraded() -> Vec<Degraded> {
     vec![Degraded {

@@ -173,6 +173,9 @@ fn render(status: &Status, seen: Seen<'_>, dir: &Path, verbose: bool) -> String 
         if verbose {
             lines.push(format!("worker: {}", pod.worker_reason));
             lines.push(format!("window: {}", pod.busy_poll_reason));
+            if let Some(why) = &pod.short_way {
+                lines.push(format!("short way past the NAPI: {why}"));
+            }
             lines.push(format!("busy-poll-mode: {}", mode(pod)));
             let done = &pod.sockets;
             lines.push(format!(
@@ -376,6 +379,7 @@ pub(super) mod tests {
                 ..SocketCounters::default()
             },
             cpuset: None,
+            short_way: None,
             degraded: vec![Degraded {
                 part: Part::EpollBusyPoll,
                 reason: "the kernel is too old".to_owned(),

@@ -67,6 +67,7 @@ pub fn sockets(window: &Window, counters: SocketCounters) -> api::Sockets {
         epolls_given: counters.epolls_given,
         epolls_crowded: counters.epolls_crowded,
         errors: counters.errors,
+        short_way: String::new(),
     }
 }
 

@@ -326,6 +326,9 @@ pub struct Sockets {
     /// Epoll instances that were left to sleep, since more processes than CPUs would poll.
     #[prost(uint64, tag = "7")]
     pub epolls_crowded: u64,
+    /// Why packets for the pod pass by its NAPI; empty: they do not.
+    #[prost(string, tag = "8")]
+    pub short_way: String,
 }
 
 /// A part that is not active.

@@ -8,7 +8,7 @@ use kbp_kernel::netns::Netns;
 use kbp_kernel::{IfIndex, napi_thread};
 
 use crate::state::{self, PodState};
-use crate::{Result, claim};
+use crate::{Result, claim, tune};
 
 /// Removes what killed owners left in the state directory: their state files and claim files.
 ///
@@ -31,6 +31,7 @@ pub fn clear_leftovers(state_dir: &Path) -> Result<()> {
         );
         if let Some(state) = state::read_stale(state_dir, &stale) {
             end_kthreads(&state);
+            end_short_way(&state);
         }
         state::remove_stale(state_dir, &stale)?;
     }
@@ -56,6 +57,26 @@ fn end_kthreads(state: &PodState) {
         });
         if let Err(error) = ended {
             tracing::warn!(%error, "a NAPI may keep its thread");
+        }
+    }
+}
+
+/// The host end goes on passing by the NAPI after its owner.
+fn end_short_way(state: &PodState) {
+    if state.short_way.is_none() {
+        return;
+    }
+    for interface in &state.interfaces {
+        let ended = Netns::current().and_then(|host| {
+            let link = RouteSocket::open_in(&host)?.link_by_name(&interface.host_interface)?;
+            // Its number may be another link's by now.
+            match link.filter(|l| l.index == IfIndex(interface.host_ifindex)) {
+                Some(link) => tune::leave_short_way(&host, &link.name),
+                None => Ok(()),
+            }
+        });
+        if let Err(error) = ended {
+            tracing::warn!(%error, "packets of a pod may still pass by its NAPI");
         }
     }
 }

@@ -200,6 +200,7 @@ impl Parts {
             prefer_busy_poll: request.policy.prefer_busy_poll,
             sockets: SocketCounters::default(),
             cpuset: request.cpuset.as_ref().map(ToString::to_string),
+            short_way: None,
             degraded: self.lasting(request),
         };
         Ok(Record::new(

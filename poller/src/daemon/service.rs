@@ -158,6 +158,8 @@ impl Service {
             let (window, counters) = api::read_sockets(sockets);
             let cpuset = read_cpuset(&request.cpuset)?;
             attachment.set_sockets(&window, cpuset.as_ref(), counters);
+            let why = Some(sockets.short_way.as_str()).filter(|why| !why.is_empty());
+            attachment.set_short_way(why);
         }
         Ok(UpdateResponse {})
     }

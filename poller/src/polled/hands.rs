@@ -90,6 +90,7 @@ impl Inner {
             Ok(Outcome::Attached(attachment)) => {
                 let cpuset = self.request.cpuset.as_ref();
                 attachment.set_sockets(&self.request.window, cpuset, self.counters);
+                attachment.set_short_way(self.short_way.as_deref());
                 self.who = Who::Own(attachment);
                 true
             }
@@ -123,7 +124,10 @@ impl Inner {
         let message = UpdateRequest {
             id: self.request.id.clone(),
             namespace: self.request.namespace.clone(),
-            sockets: Some(api::sockets(&self.request.window, self.counters)),
+            sockets: Some(api::Sockets {
+                short_way: self.short_way.clone().unwrap_or_default(),
+                ..api::sockets(&self.request.window, self.counters)
+            }),
             cpuset: text_of(self.request.cpuset.as_ref()),
             degraded: api::degraded(degraded),
         };

@@ -7,7 +7,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use kbp_kernel::CpuSet;
+use kbp_kernel::{CpuSet, IfIndex};
 use serde::Serialize;
 
 use super::{PodState, Stale, lock, start_time, taken_by};
@@ -32,6 +32,14 @@ pub(crate) fn read_all_beside(state_dir: &Path, known: Vec<PodState>) -> Result<
     let mut pods = scan(state_dir, &|name| names.contains(name))?.0;
     pods.extend(known);
     Ok(pods)
+}
+
+/// Whether packets for the pod of this host end pass by its NAPI, as whoever keeps the pod says.
+pub fn takes_short_way(state_dir: &Path, host_end: IfIndex) -> bool {
+    let pods = read_all(state_dir).unwrap_or_default();
+    pods.iter().any(|pod| {
+        pod.short_way.is_some() && pod.interfaces.iter().any(|i| i.host_ifindex == host_end.0)
+    })
 }
 
 /// State files whose owner is gone, or that cannot be read as what they should be.
@@ -271,6 +279,7 @@ mod tests {
             prefer_busy_poll: false,
             sockets: SocketCounters::default(),
             cpuset: None,
+            short_way: None,
             degraded: vec![Degraded {
                 part: Part::Worker,
                 reason: "why".to_owned(),

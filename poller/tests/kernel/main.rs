@@ -11,6 +11,7 @@ mod gives_way;
 mod idle;
 mod node;
 mod rest;
+mod short_way;
 mod tool;
 mod uplink;
 mod workers;

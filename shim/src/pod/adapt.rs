@@ -186,6 +186,7 @@ mod tests {
         Look {
             cpus: 0.5,
             turns,
+            slept: 0.0,
             harm: harm.then(|| "harm".to_owned()),
         }
     }
@@ -229,6 +230,7 @@ mod tests {
             let idle = Look {
                 cpus: 0.0,
                 turns: 0.0,
+                slept: 0.0,
                 harm: None,
             };
             assert_eq!(adaptive.judge(&idle, at(1500)), Verdict::Stay);

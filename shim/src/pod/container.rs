@@ -43,6 +43,8 @@ pub(super) struct Container {
 pub(super) struct Looked {
     /// CPUs that its threads were on, on average.
     pub(super) cpus: f64,
+    /// How often they slept, a second.
+    pub(super) slept: f64,
     /// Whether it has come to or from having its window, or one of its processes has.
     pub(super) changed: bool,
 }
@@ -69,13 +71,23 @@ impl Container {
         let processes = self.processes();
         let Some(watch) = &mut self.adaptive.watch else {
             self.adaptive.watch = Some(Watch::new(&processes));
-            return Some(Looked { cpus: 0.0, changed });
+            return Some(Looked {
+                cpus: 0.0,
+                slept: 0.0,
+                changed,
+            });
         };
         let polls = |pid| !self.pollers.is_crowded(pid);
         let look = watch.look(&processes, self.window.micros, polls);
-        let cpus = look.cpus;
+        let (cpus, slept) = (look.cpus, look.slept);
         let window = match self.adaptive.judge(&look, now) {
-            Verdict::Stay => return Some(Looked { cpus, changed }),
+            Verdict::Stay => {
+                return Some(Looked {
+                    cpus,
+                    slept,
+                    changed,
+                });
+            }
             Verdict::GiveBack => self.decided.clone(),
             Verdict::TakeAway(reason) => Window {
                 micros: None,
@@ -84,7 +96,11 @@ impl Container {
         };
         self.give(id, window, Some(notifier));
         let changed = true;
-        Some(Looked { cpus, changed })
+        Some(Looked {
+            cpus,
+            slept,
+            changed,
+        })
     }
 
     /// Gives it a window: what it makes from now on, and what it has already.

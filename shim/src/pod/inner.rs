@@ -15,6 +15,7 @@ use super::asked::Asked;
 use super::container::Container;
 use super::oci_runtime::OciRuntime;
 use super::report::{Report, Share, Sockets};
+use super::short_way::{self, ShortWay, Turn};
 use super::treat::{self, Support};
 use super::{Context, Refusal};
 use crate::sockets::Notifier;
@@ -38,6 +39,7 @@ pub(super) struct Inner {
     /// When the windows were last compared with what other pods have.
     pub(super) followed: Option<Instant>,
     pub(super) pace: Pace,
+    pub(super) short_way: ShortWay,
 }
 
 /// What the first container decided for all.
@@ -86,19 +88,50 @@ impl Inner {
                 container.pollers.add(noted);
             }
         }
-        let (mut cpus, mut changed, mut any) = (0.0, false, false);
+        let (mut cpus, mut slept, mut changed, mut any) = (0.0, 0.0, false, false);
         for (id, container) in &mut self.containers {
             if let Some(looked) = container.look(id, notifier, now) {
                 any = true;
                 cpus += looked.cpus;
+                slept += looked.slept;
                 changed |= looked.changed;
             }
         }
         if changed {
             self.tell_sockets();
         }
+        self.lead(cpus, slept, now);
         let adaptive = self.containers.values().map(|c| &c.adaptive);
         any.then(|| self.pace.next(adaptive, cpus, now))
+    }
+
+    /// Looks whether polling brings the pod anything, and has its packets pass by the NAPI while it does not.
+    fn lead(&mut self, cpus: f64, slept: f64, now: Instant) {
+        let Some(report @ Report::Attached(_)) = &self.report else {
+            return;
+        };
+        if cpus < short_way::BUSY && !self.short_way.is_taken() {
+            return;
+        }
+        let of_pod = |c: &&Container| !c.degraded.iter().any(|d| d.reason == OWN_NETWORK);
+        let alive = |c: &Container| {
+            let (pid, handle) = c.process.as_ref()?;
+            handle.signal(0).unwrap_or(false).then_some(*pid)
+        };
+        let Some(pid) = self.containers.values().filter(of_pod).find_map(alive) else {
+            return;
+        };
+        match self.short_way.look(pid, slept, now) {
+            Turn::Stay => {}
+            Turn::Take(why) => {
+                tracing::info!("packets take the short way: {why}");
+                report.set_short_way(Some(&why));
+            }
+            Turn::Leave => {
+                tracing::info!("packets pass the NAPI again");
+                report.set_short_way(None);
+            }
+        }
     }
 
     /// Has another container stand for the pod's network in place of `gone`, unless the pod is attached already.

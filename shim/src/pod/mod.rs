@@ -19,6 +19,7 @@ mod inner;
 mod life;
 mod oci_runtime;
 mod report;
+mod short_way;
 #[cfg(test)]
 mod tests;
 mod treat;

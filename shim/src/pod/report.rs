@@ -114,6 +114,7 @@ impl Bare {
                 prefer_busy_poll: asked.policy.prefer_busy_poll,
                 sockets: SocketCounters::default(),
                 cpuset: sockets.cpuset.as_ref().map(ToString::to_string),
+                short_way: None,
                 degraded,
             },
         };
@@ -157,6 +158,13 @@ impl Report {
                 state.cpuset = sockets.cpuset.as_ref().map(ToString::to_string);
                 state.sockets = counters;
             }),
+        }
+    }
+
+    /// Has packets for the pod pass by its NAPI, for this reason, or not any more; where nothing is attached, they do in any case.
+    pub(super) fn set_short_way(&self, why: Option<&str>) {
+        if let Self::Attached(polled) = self {
+            polled.set_short_way(why);
         }
     }
 

@@ -40,6 +40,8 @@ pub struct Look {
     pub cpus: f64,
     /// Turns a second of all of them.
     pub turns: f64,
+    /// Of which ended since there was nothing to do.
+    pub slept: f64,
     /// Why the window hurts, for a person.
     pub harm: Option<String>,
 }
@@ -101,6 +103,7 @@ impl Watch {
         Look {
             cpus: steps.iter().map(|(s, _)| s.ran).sum(),
             turns: steps.iter().map(|(s, _)| s.turns).sum(),
+            slept: steps.iter().map(|(s, _)| s.slept).sum(),
             harm: window.and_then(|window| harm(&steps, window)),
         }
     }

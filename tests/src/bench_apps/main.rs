@@ -25,12 +25,14 @@ const CONNECTIONS: u32 = 10_000;
 const MANY: u32 = 50;
 /// Before a measurement.
 const WARM: Duration = Duration::from_millis(300);
+/// Before one with many clients, with as many: kbp takes so long to see that nobody polls for packets then.
+const WARM_MANY: Duration = Duration::from_secs(2);
 
 /// Compares real programs under the stock runtime with the same programs under kbp.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Options {
-    /// Rounds; each measures every workload once under each arm. One takes about three minutes.
+    /// Rounds; each measures every workload once under each arm. One takes about four minutes.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
     /// Seconds of a measurement.
@@ -208,6 +210,9 @@ fn measure(
     let mut samples = Vec::new();
     for clients in workload.clients(options) {
         let length = Duration::from_secs(options.seconds);
+        if *clients > 1 {
+            one(workload, &client, server.as_ref(), *clients, WARM_MANY)?;
+        }
         let measured = one(workload, &client, server.as_ref(), *clients, length).or_else(|error| {
             // Fifty backends may take longer to start than they are measured for, on a busy machine.
             eprintln!("{}: once more: {error:#}", workload.name());
