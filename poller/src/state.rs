@@ -12,7 +12,7 @@ pub(crate) use files::{
     check_names, create_dir, pods_dir, read_all_beside, read_stale, remove_file, remove_own,
     remove_stale, replace, sweep_unfinished,
 };
-pub use files::{read_all, remove, stale, takes_short_way, taken_cpus, write};
+pub use files::{read_all, remove, stale, taken_cpus, takes_short_way, write};
 pub(crate) use owner::lock;
 pub use owner::start_time;
 

@@ -27,11 +27,12 @@ pub(super) fn cleanup_in(state_dir: &Path, namespace: &str, id: &str, bundle: &P
     if let Err(error) = sockets::node_wide::restore(state_dir, sysctl) {
         tracing::warn!("{error}");
     }
-    if let Err(error) = state::remove(state_dir, namespace, id) {
+    // Before the state file goes, which says what else there is. The kernel has released the claims of a killed shim; their files are
+    // still there.
+    if let Err(error) = attach::clear_leftovers(state_dir) {
         tracing::warn!("{error}");
     }
-    // The kernel has released the claims of a killed shim; their files are still there.
-    if let Err(error) = attach::clear_leftovers(state_dir) {
+    if let Err(error) = state::remove(state_dir, namespace, id) {
         tracing::warn!("{error}");
     }
     if let Err(error) = spec::bundle::remove_temporary(bundle) {
