@@ -131,11 +131,15 @@ pub fn allowed() -> Result<CpuSet> {
 
 /// CPUs to which the calling process could pin a thread: its cpuset, whatever its present affinity.
 pub fn usable() -> Result<CpuSet> {
+    let online = Topology::read()?.online;
+    let allowed = allowed()?;
+    if allowed == online {
+        return Ok(allowed);
+    }
     // The kernel tells the cpuset nowhere in one line, but cuts every affinity down to it: try on a thread of our own.
     let tried = std::thread::Builder::new()
         .name("cpus".to_owned())
-        .spawn(|| {
-            let online = Topology::read()?.online;
+        .spawn(move || {
             process::set_affinity(0, &online)?;
             process::affinity(0)
         });

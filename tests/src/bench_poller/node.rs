@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use hdrhistogram::Histogram;
 use kbp_kernel::netns::Netns;
 use kbp_kernel::process;
-use kbp_kernel::{CpuId, CpuSet};
+use kbp_kernel::{CpuId, CpuSet, cpu};
 use kbp_plot::median;
 use kbp_poller::api::{self, AttachRequest};
 use kbp_poller::client::{Attached, Client};
@@ -73,7 +73,11 @@ impl Daemon {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null());
+        // As on a node: it may run anywhere, unlike the thread that starts it.
+        let pinned = cpu::allowed()?;
+        process::set_affinity(0, &cpu::usable()?)?;
         let child = node.netns.run(|| command.spawn())?;
+        process::set_affinity(0, &pinned)?;
         let daemon = Self {
             child: child.context("start kbp-poller")?,
             dir,
