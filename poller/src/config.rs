@@ -10,6 +10,7 @@ use kbp_kernel::{CpuSet, Micros};
 use serde::{Deserialize, Serialize};
 
 use crate::policy::{Layer, MAX_WINDOW, choose, toml_reason};
+use crate::window::LONG;
 use crate::{Error, Result, kubelet};
 
 /// Where the config is when `KBP_CONFIG` names no other place.
@@ -22,10 +23,13 @@ pub const DEFAULT_STATE_DIR: &str = "/run/kbp";
 /// measured to take (370,000 of 64 bytes), so that there is time to move.
 const DEFAULT_HOT: u64 = 100_000;
 
+/// What windows on CPUs of their own may be widened to when the config names no other number.
+const DEFAULT_WIDEST: Micros = Micros(2_000);
+
 /// Value of `cpus` for the CPUs that the kernel isolates.
 const ISOLATED: &str = "isolated";
 
-const KEYS: &str = "worker, busy-poll, profile, required, cpu-latency, prefer-busy-poll, busy-poll-mode, cpus, uplinks, state-dir, runtime, disable, hot, kubelet-state, node-busy-poll";
+const KEYS: &str = "worker, busy-poll, profile, required, cpu-latency, prefer-busy-poll, busy-poll-mode, cpus, uplinks, state-dir, runtime, disable, hot, kubelet-state, node-busy-poll, busy-poll-widest";
 
 /// A kernel feature that the operator can switch off, for a kernel on which it misbehaves.
 /// kbp then acts as if the kernel had refused it.
@@ -103,6 +107,8 @@ pub struct Config {
     /// `net.core.busy_poll` while a pod of the node has a window, for programs in `poll` and `select` (`node-busy-poll = 50`);
     /// None: it is left alone.
     pub node_busy_poll: Option<Micros>,
+    /// What `auto` may widen the windows of pods with CPUs of their own to (`busy-poll-widest = 2000`); 0: nothing.
+    pub busy_poll_widest: Micros,
     /// `disable = ["sqpoll"]`: features that are not to be used.
     pub disable: BTreeSet<Feature>,
     /// Packets a second from which on the core of a shared worker is hot, and pods are moved to others (`hot`).
@@ -130,6 +136,11 @@ impl Config {
         }
     }
 
+    /// What `auto` may widen the windows of pods with CPUs of their own to; None: it may not.
+    pub fn widest(&self) -> Option<Micros> {
+        Some(self.busy_poll_widest).filter(|widest| *widest > LONG)
+    }
+
     /// Why `feature` is not to be used, when the operator switched it off.
     pub fn switched_off(&self, feature: Feature) -> Option<String> {
         self.disable.contains(&feature).then(|| {
@@ -152,6 +163,7 @@ impl Config {
             disable: BTreeSet::new(),
             hot: DEFAULT_HOT,
             node_busy_poll: None,
+            busy_poll_widest: DEFAULT_WIDEST,
             kubelet_state: PathBuf::from(kubelet::DEFAULT_PATH),
         }
     }
@@ -209,6 +221,13 @@ impl Config {
                         refuse(&format!("whole microseconds from 0 (off) to {MAX_WINDOW}"))
                     })?;
                     config.node_busy_poll = (micros > 0).then_some(Micros(micros));
+                }
+                "busy-poll-widest" => {
+                    let micros = value.as_integer().and_then(|n| u32::try_from(n).ok());
+                    let micros = micros.filter(|n| *n <= MAX_WINDOW.0).ok_or_else(|| {
+                        refuse(&format!("whole microseconds from 0 (off) to {MAX_WINDOW}"))
+                    })?;
+                    config.busy_poll_widest = Micros(micros);
                 }
                 "hot" => {
                     config.hot = value
@@ -385,6 +404,15 @@ mod tests {
         let of = |text: &str| parse(text).expect("valid").node_busy_poll;
         assert_eq!((of(""), of("node-busy-poll = 0")), (None, None));
         assert_eq!(of("node-busy-poll = 50"), Some(Micros(50)));
+        let widest = |text: &str| parse(text).expect("valid").widest();
+        assert_eq!(widest(""), Some(DEFAULT_WIDEST));
+        assert_eq!(widest("busy-poll-widest = 500"), Some(Micros(500)));
+        assert_eq!(widest("busy-poll-widest = 0"), None);
+        assert_eq!(
+            widest("busy-poll-widest = 100"),
+            None,
+            "that is no widening"
+        );
     }
 
     #[test]
@@ -417,6 +445,10 @@ mod tests {
             ("node-busy-poll = \"50\"", vec!["node-busy-poll", "0 (off)"]),
             ("node-busy-poll = -1", vec!["node-busy-poll", "10000"]),
             ("node-busy-poll = 10001", vec!["node-busy-poll", "10000"]),
+            (
+                "busy-poll-widest = 10001",
+                vec!["busy-poll-widest", "10000"],
+            ),
             ("disable = [1]", vec!["disable = \"1\"", "a list of"]),
             ("disable = \"sqpoll\"", vec!["disable", "a list of"]),
             ("uplinks = \"eth0\"", vec!["uplinks", "[\"eth0\"]"]),

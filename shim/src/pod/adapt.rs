@@ -1,7 +1,7 @@
 //! Whether a container keeps the window that was decided for it: not while it hurts.
 //!
 //! It is taken away when two looks in a row show harm ([`Look::harm`]), and given back after a pause that doubles each time, or when
-//! the container does something else by then. What a trial costs those who are harmed is a fifth of a second.
+//! the container does something else by then. What a trial costs those who are harmed is a twentieth of a second.
 
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,11 @@ const CHANGED: f64 = 4.0;
 /// CPUs from which a container does anything.
 const BUSY: f64 = 0.01;
 /// Between looks while something may have changed.
-const NEAR: Duration = Duration::from_millis(100);
+pub(super) const NEAR: Duration = Duration::from_millis(100);
+/// Between the first looks at a window that was given back: a trial is to hurt for a short time only.
+const TRIAL: Duration = Duration::from_millis(25);
+/// How long that is.
+const TRIED: Duration = Duration::from_millis(250);
 /// Between looks at a busy container otherwise.
 const FAR: Duration = Duration::from_millis(500);
 /// Most between looks at one that does nothing.
@@ -130,10 +134,14 @@ impl Adaptive {
         self.since = Some(now);
     }
 
-    /// Whether it should be looked at again soon.
-    fn is_unsettled(&self, now: Instant) -> bool {
-        let lately = |since: Instant| now.saturating_duration_since(since) < 2 * SETTLED;
-        self.strikes > 0 || self.since.is_some_and(lately)
+    /// How soon it should be looked at again; None: that does not matter.
+    fn wants(&self, now: Instant) -> Option<Duration> {
+        let turned = self.since.map(|at| now.saturating_duration_since(at));
+        match turned {
+            Some(ago) if ago < TRIED && self.away.is_none() => Some(TRIAL),
+            Some(ago) if ago < 2 * SETTLED => Some(NEAR),
+            _ => (self.strikes > 0).then_some(NEAR),
+        }
     }
 }
 
@@ -164,9 +172,10 @@ impl Pace {
         now: Instant,
     ) -> Duration {
         let lately = |woken: Instant| now.saturating_duration_since(woken) < 2 * SETTLED;
-        let mut containers = containers;
-        if self.woken.is_some_and(lately) || containers.any(|c| c.is_unsettled(now)) {
-            return NEAR;
+        let soon = self.woken.is_some_and(lately).then_some(NEAR);
+        let wanted = containers.filter_map(|c| c.wants(now));
+        if let Some(pause) = wanted.chain(soon).min() {
+            return pause;
         }
         if cpus >= BUSY {
             self.idle = None;
@@ -186,8 +195,8 @@ mod tests {
         Look {
             cpus: 0.5,
             turns,
-            slept: 0.0,
             harm: harm.then(|| "harm".to_owned()),
+            ..Look::default()
         }
     }
 
@@ -227,12 +236,7 @@ mod tests {
             let at = |ms| start + Duration::from_millis(ms);
             assert_eq!(adaptive.judge(&look(100.0, false), at(100)), Verdict::Stay);
             assert_eq!(adaptive.judge(&look(turns, false), at(500)), Verdict::Stay);
-            let idle = Look {
-                cpus: 0.0,
-                turns: 0.0,
-                slept: 0.0,
-                harm: None,
-            };
+            let idle = Look::default();
             assert_eq!(adaptive.judge(&idle, at(1500)), Verdict::Stay);
             assert_eq!(adaptive.judge(&look(150.0, false), at(1600)), Verdict::Stay);
             assert_eq!(
@@ -261,5 +265,14 @@ mod tests {
         adaptive.judge(&look(1.0, true), later);
         let after = later + Duration::from_secs(10);
         assert_eq!(pace.next([&adaptive].into_iter(), 1.0, after), NEAR);
+        // On trial, and some time later.
+        let mut adaptive = Adaptive::default();
+        assert!(taken_away(&mut adaptive, after));
+        let back = after + FIRST_PAUSE;
+        let verdict = adaptive.judge(&look(1.0, false), back);
+        assert_eq!(verdict, Verdict::GiveBack);
+        assert_eq!(pace.next([&adaptive].into_iter(), 1.0, back), TRIAL);
+        let tried = back + TRIED;
+        assert_eq!(pace.next([&adaptive].into_iter(), 1.0, tried), NEAR);
     }
 }

@@ -1,19 +1,22 @@
 //! A container's window while it runs: the one that is decided for it, and what keeps it from having that.
 //!
 //! There is one order. What fits its limits and its neighbours ([`decided`](Container::decided)) is none where a quota could be eaten.
+//! On CPUs of its own it may be wider ([`super::widen`]).
 //! While that window hurts, the whole container has none ([`super::adapt`]); and a process of which more threads would poll than it has
 //! CPUs has none ([`Pollers`]), whatever the others have. A process that has none is not asked whether its window hurts. Everything
 //! here is under the pod's lock, so that descriptors are looked through by one thread at a time.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kbp_kernel::Micros;
 use kbp_kernel::process::PidFd;
 use kbp_poller::state::Degraded;
-use kbp_poller::window::Window;
+use kbp_poller::window::{LONG, Window};
 
 use super::adapt::{Adaptive, Verdict};
-use crate::sockets::{Notifier, Pollers, Treatment, Watch};
+use super::others::Others;
+use super::widen::{Widening, Width};
+use crate::sockets::{Look, Notifier, Pollers, Treatment, Watch};
 use crate::spec::CpuLimits;
 use crate::task::cgroup::Cgroup;
 
@@ -30,6 +33,8 @@ pub(super) struct Container {
     /// What it has: that, or none while it hurts.
     pub(super) window: Window,
     pub(super) adaptive: Adaptive,
+    pub(super) others: Others,
+    pub(super) widening: Widening,
     pub(super) pollers: Pollers,
     /// Its first process; None before there is one.
     pub(super) process: Option<(u32, PidFd)>,
@@ -58,17 +63,25 @@ impl Container {
         self.decided = window.clone();
         // What was learned about the old one says nothing of this one.
         self.adaptive = Adaptive::default();
+        self.widening = Widening::default();
         self.give(id, window, notifier);
     }
 
-    /// Looks whether its window hurts, and takes it away or gives it back; None: it has none to look after.
-    pub(super) fn look(&mut self, id: &str, notifier: &Notifier, now: Instant) -> Option<Looked> {
+    /// Looks whether its window hurts or should be wider, and gives it another one or none; None: it has none to look after.
+    /// `widest`: what windows on CPUs of its own may be widened to, if they may.
+    pub(super) fn look(
+        &mut self,
+        id: &str,
+        notifier: &Notifier,
+        widest: Option<Micros>,
+        now: Instant,
+    ) -> Option<Looked> {
         let treatment = self.treatment?;
         self.decided.micros?;
         // First, so that a process that is in its own way is not taken for one that is in others'.
         let soon = self.adaptive.suspects();
         let changed = notifier.count_pollers(&mut self.pollers, treatment, soon);
-        let processes = self.processes();
+        let Listed { processes, own, .. } = self.processes();
         let Some(watch) = &mut self.adaptive.watch else {
             self.adaptive.watch = Some(Watch::new(&processes));
             return Some(Looked {
@@ -81,20 +94,30 @@ impl Container {
         let look = watch.look(&processes, self.window.micros, polls);
         let (cpus, slept) = (look.cpus, look.slept);
         let window = match self.adaptive.judge(&look, now) {
-            Verdict::Stay => {
-                return Some(Looked {
-                    cpus,
-                    slept,
-                    changed,
-                });
-            }
-            Verdict::GiveBack => self.decided.clone(),
-            Verdict::TakeAway(reason) => Window {
-                micros: None,
-                reason: format!("auto: off for now, since {reason}"),
+            Verdict::Stay => match self.widen(&look, own, widest, now) {
+                Some(window) => window,
+                None => {
+                    return Some(Looked {
+                        cpus,
+                        slept,
+                        changed,
+                    });
+                }
             },
+            Verdict::GiveBack => self.decided.clone(),
+            Verdict::TakeAway(reason) => {
+                self.widening = Widening::default();
+                Window {
+                    micros: None,
+                    reason: format!("auto: off for now, since {reason}"),
+                }
+            }
         };
-        self.give(id, window, Some(notifier));
+        let whole = self.give(id, window, Some(notifier));
+        // What has kept the wide one would have it for ever.
+        if !whole && self.widening.gives_up(now) {
+            self.give(id, self.decided.clone(), Some(notifier));
+        }
         let changed = true;
         Some(Looked {
             cpus,
@@ -103,8 +126,32 @@ impl Container {
         })
     }
 
-    /// Gives it a window: what it makes from now on, and what it has already.
-    fn give(&mut self, id: &str, window: Window, notifier: Option<&Notifier>) {
+    /// Another window where it has CPUs of its own; None: it keeps what it has.
+    fn widen(
+        &mut self,
+        look: &Look,
+        own: Option<Duration>,
+        widest: Option<Micros>,
+        now: Instant,
+    ) -> Option<Window> {
+        if self.window.micros.is_none() || self.decided.micros != Some(LONG) {
+            return None;
+        }
+        let (cpus, own) = (self.limits.cpuset()?, own?);
+        let others = self.others.look(&cpus, own)?;
+        let width = self.widening.judge(look, others, cpus.len(), widest, now)?;
+        let decided = &self.decided;
+        Some(match width {
+            Width::Plain => decided.clone(),
+            Width::Wide(why) => Window {
+                micros: widest,
+                reason: format!("{}, and {why}", decided.reason),
+            },
+        })
+    }
+
+    /// Gives it a window: what it makes from now on, and what it has already; false when there was no time for all of that.
+    fn give(&mut self, id: &str, window: Window, notifier: Option<&Notifier>) -> bool {
         let from = self.window.micros;
         self.window = window;
         tracing::info!(
@@ -112,17 +159,24 @@ impl Container {
             described(&self.window)
         );
         let (Some(treatment), Some(notifier)) = (&mut self.treatment, notifier) else {
-            return;
+            return true;
         };
         treatment.window = self.window.micros;
         notifier.admit(id, *treatment);
         let treatment = *treatment;
         if from == self.window.micros {
-            return;
+            return true;
         }
-        let mut processes = self.processes();
+        let Listed {
+            mut processes,
+            cgroup,
+            ..
+        } = self.processes();
         processes.retain(|pid| !self.pollers.is_crowded(*pid));
-        let retuned = notifier.retune(&processes, from, treatment);
+        // Asked when it is open: what the number means then is in the container.
+        let its = |pid| cgroup.as_ref().is_none_or(|cgroup| cgroup.contains(pid));
+        let open = |pid| PidFd::open(pid).ok().filter(|_| its(pid));
+        let retuned = notifier.retune(&processes, open, from, treatment);
         tracing::info!(
             "container {id}: {} sockets and {} epoll instances that were there have it too{}",
             retuned.sockets,
@@ -133,6 +187,7 @@ impl Container {
                 ""
             }
         );
+        !retuned.cut_short
     }
 
     /// What it has, for a person: its processes too.
@@ -142,24 +197,41 @@ impl Container {
     }
 
     /// Its processes; the first one, and those that have made something that polls, where it shares the shim's own cgroup.
-    fn processes(&self) -> Vec<u32> {
+    fn processes(&self) -> Listed {
         let Some((pid, handle)) = &self.process else {
-            return Vec::new();
+            return Listed::default();
         };
         let own = Cgroup::of_process(std::process::id());
-        let listed = Cgroup::of_process(*pid)
-            .ok()
-            .zip(own.ok())
-            .and_then(|(cgroup, own)| cgroup.processes(&own, PROCESSES));
+        let cgroups = Cgroup::of_process(*pid).ok().zip(own.ok());
+        let listed = cgroups.and_then(|(cgroup, own)| {
+            Some(Listed {
+                processes: cgroup.processes(&own, PROCESSES)?,
+                own: cgroup.cpu_time(),
+                cgroup: Some(cgroup),
+            })
+        });
         // Asked after its cgroup was read: the number was its own until then.
         if !handle.signal(0).unwrap_or(false) {
-            return Vec::new();
+            return Listed::default();
         }
         listed.unwrap_or_else(|| {
             let others = self.pollers.ids().filter(|other| other != pid);
-            std::iter::once(*pid).chain(others).collect()
+            Listed {
+                processes: std::iter::once(*pid).chain(others).collect(),
+                ..Listed::default()
+            }
         })
     }
+}
+
+/// The processes of a container.
+#[derive(Default)]
+struct Listed {
+    processes: Vec<u32>,
+    /// CPU time of all that it ever had.
+    own: Option<Duration>,
+    /// None: it shares the shim's.
+    cgroup: Option<Cgroup>,
 }
 
 /// A window and why.

@@ -10,7 +10,7 @@ use kbp_poller::policy::BusyPoll;
 use kbp_poller::state::{Degraded, SocketCounters};
 use kbp_poller::window::Window;
 
-use super::adapt::Pace;
+use super::adapt::{NEAR, Pace};
 use super::asked::Asked;
 use super::container::Container;
 use super::oci_runtime::OciRuntime;
@@ -83,6 +83,7 @@ impl Inner {
         if founded.asked.policy.busy_poll != BusyPoll::Auto {
             return None;
         }
+        let widest = founded.asked.config.widest();
         for noted in notifier.noted() {
             if let Some(container) = self.containers.get_mut(noted.container()) {
                 container.pollers.add(noted);
@@ -90,7 +91,7 @@ impl Inner {
         }
         let (mut cpus, mut slept, mut changed, mut any) = (0.0, 0.0, false, false);
         for (id, container) in &mut self.containers {
-            if let Some(looked) = container.look(id, notifier, now) {
+            if let Some(looked) = container.look(id, notifier, widest, now) {
                 any = true;
                 cpus += looked.cpus;
                 slept += looked.slept;
@@ -101,8 +102,12 @@ impl Inner {
             self.tell_sockets();
         }
         self.lead(cpus, slept, now);
+        let tried = self.containers.values().any(|c| c.widening.is_unsettled());
         let adaptive = self.containers.values().map(|c| &c.adaptive);
-        any.then(|| self.pace.next(adaptive, cpus, now))
+        any.then(|| match self.pace.next(adaptive, cpus, now) {
+            pause if tried => pause.min(NEAR),
+            pause => pause,
+        })
     }
 
     /// Looks whether polling brings the pod anything, and has its packets pass by the NAPI while it does not.

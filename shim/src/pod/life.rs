@@ -21,8 +21,10 @@ use super::asked::{Asked, oci_runtime};
 use super::container::{Container, described};
 use super::inner::{Founded, Inner, OWN_NETWORK, of_container};
 use super::oci_runtime::OciRuntime;
+use super::others::Others;
 use super::report::{Bare, Report};
 use super::treat::{self, HOST_NETWORK, Means, Support};
+use super::widen::Widening;
 use super::{Context, Refusal};
 use crate::sockets::{Event, Notifier, Pollers};
 use crate::spec::{CpuLimits, Network, Spec};
@@ -143,6 +145,8 @@ impl Pod {
                 reason: HOST_NETWORK.to_owned(),
             },
             adaptive: Adaptive::default(),
+            others: Others::default(),
+            widening: Widening::default(),
             pollers: Pollers::default(),
             process: None,
             limits,

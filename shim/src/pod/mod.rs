@@ -18,11 +18,13 @@ mod features;
 mod inner;
 mod life;
 mod oci_runtime;
+mod others;
 mod report;
 mod short_way;
 #[cfg(test)]
 mod tests;
 mod treat;
+mod widen;
 
 pub use cleanup::cleanup;
 pub use decorator::decorate;

@@ -28,7 +28,8 @@ pub use home::{directory, remove};
 pub use noted::Noted;
 pub use pollers::Pollers;
 pub use retune::Retuned;
-pub use waiting::{Look, Watch};
+pub(crate) use waiting::{BUSY, SLEEPS};
+pub use waiting::{Look, Step, Watch};
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -42,6 +43,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kbp_kernel::Micros;
+use kbp_kernel::process::PidFd;
 use kbp_poller::state::{Degraded, SocketCounters};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -262,9 +264,15 @@ impl Notifier {
     }
 
     /// Has what `processes` of a container have already, and has the window `from`, treated as what they make from now on. Takes as
-    /// long as that takes, and does not get in the way of calls.
-    pub fn retune(&self, processes: &[u32], from: Option<Micros>, to: Treatment) -> Retuned {
-        retune::retune(processes, from, to, &self.shared.crowd)
+    /// long as that takes, and does not get in the way of calls. `open`: a handle on one of the processes, if the container still has it.
+    pub fn retune(
+        &self,
+        processes: &[u32],
+        open: impl Fn(u32) -> Option<PidFd>,
+        from: Option<Micros>,
+        to: Treatment,
+    ) -> Retuned {
+        retune::retune(processes, open, from, to, &self.shared.crowd)
     }
 
     /// The processes that have come to listen or make epoll instances, of containers whose windows are bounded.

@@ -186,9 +186,12 @@ impl Watched {
             return false;
         }
         if let Some(window) = now.window {
+            // Its number is nobody else's while it lives.
+            let lives = || self.process.signal(0).unwrap_or(false);
+            let open = |pid| PidFd::open(pid).ok().filter(|_| lives());
             let retuned = match is {
-                true => retune(&[self.pid], Some(window), off(now), crowd),
-                false => retune(&[self.pid], None, now, crowd),
+                true => retune(&[self.pid], open, Some(window), off(now), crowd),
+                false => retune(&[self.pid], open, None, now, crowd),
             };
             tracing::info!(
                 sockets = retuned.sockets,

@@ -33,9 +33,11 @@ pub struct Retuned {
     pub cut_short: bool,
 }
 
-/// Has what `processes` have and has the window `from` (None: none) polled as `to` says.
+/// Has what `processes` have and has the window `from` (None: none) polled as `to` says. `open`: a handle on one of them, if it is
+/// still one.
 pub(super) fn retune(
     processes: &[u32],
+    open: impl Fn(u32) -> Option<PidFd>,
     from: Option<Micros>,
     to: Treatment,
     crowd: &Crowd,
@@ -47,8 +49,7 @@ pub(super) fn retune(
     for _ in 0..2 {
         let before = retuned;
         for pid in processes {
-            // Whoever is gone has nothing.
-            if let Ok(process) = PidFd::open(*pid) {
+            if let Some(process) = open(*pid) {
                 walk.process(*pid, &process, Some(&change), None, &mut retuned);
             }
         }
@@ -179,6 +180,10 @@ mod tests {
     use super::super::testing::{Holder, treatment};
     use super::*;
 
+    fn any(pid: u32) -> Option<PidFd> {
+        PidFd::open(pid).ok()
+    }
+
     fn to(window: u32) -> Treatment {
         treatment(Micros(window))
     }
@@ -220,7 +225,7 @@ mod tests {
         let mut from = 20;
         for window in [100, 0, 20] {
             let old = (from > 0).then_some(Micros(from));
-            let retuned = retune(&[holder.pid()], old, to(window), &crowd);
+            let retuned = retune(&[holder.pid()], any, old, to(window), &crowd);
             assert_eq!((retuned.sockets, retuned.epolls), (1, 1), "{window}");
             assert_eq!((window_of(&socket), window_of(&epoll)), (window, window));
             from = window;
@@ -234,6 +239,7 @@ mod tests {
         let holder = Holder::new(&socket, &own);
         let retuned = retune(
             &[holder.pid()],
+            any,
             Some(Micros(20)),
             to(100),
             &Crowd::default(),
@@ -256,21 +262,35 @@ mod tests {
             kbp_kernel::process::set_affinity(holder.pid(), &one).expect("pin");
         }
         let pids: Vec<u32> = holders.iter().map(Holder::pid).collect();
-        let retuned = retune(&pids, None, to(20), &Crowd::default());
+        let retuned = retune(&pids, any, None, to(20), &Crowd::default());
         assert_eq!(retuned.epolls, 1, "one CPU, one process");
         assert_eq!((window_of(&first), window_of(&second)), (20, 0));
         let unbounded = Treatment {
             bounded: false,
             ..to(20)
         };
-        retune(&pids, None, unbounded, &Crowd::default());
+        retune(&pids, any, None, unbounded, &Crowd::default());
         assert_eq!(window_of(&second), 20);
+    }
+
+    #[test]
+    fn one_that_is_no_longer_meant_is_left_alone() {
+        let (socket, epoll) = (accepted(), epoll(20, EPOLL_BUDGET));
+        let holder = Holder::new(&socket, &epoll);
+        let retuned = retune(
+            &[holder.pid()],
+            |_| None,
+            Some(Micros(20)),
+            to(0),
+            &Crowd::default(),
+        );
+        assert_eq!((retuned, window_of(&epoll)), (Retuned::default(), 20));
     }
 
     #[test]
     fn a_process_that_is_gone_has_nothing() {
         let gone = Holder::new(&accepted(), &epoll(20, EPOLL_BUDGET)).pid();
-        let retuned = retune(&[gone], Some(Micros(20)), to(0), &Crowd::default());
+        let retuned = retune(&[gone], any, Some(Micros(20)), to(0), &Crowd::default());
         assert_eq!(retuned, Retuned::default());
     }
 }

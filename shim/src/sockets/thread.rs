@@ -29,7 +29,7 @@ const MAX_FAILURES: u32 = 16;
 const MAX_NEAR: usize = 64;
 /// Calls of the other listeners that are answered in one round.
 const FAR_BATCH: usize = 32;
-/// Pause after the socket refused an accept for want of memory or descriptors.
+/// Pause after there was no memory or no descriptor for a connection or for what it sends.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 pub(super) struct Supervisor {
@@ -42,7 +42,7 @@ pub(super) struct Supervisor {
     near: Vec<Supervised>,
     /// None until it is needed.
     far: Option<Far>,
-    /// Until when no connection is accepted.
+    /// Until when no connection is accepted nor read from.
     accept_after: Option<Instant>,
 }
 
@@ -96,6 +96,10 @@ impl Supervisor {
             }
             // Calls first: somebody waits for each of them.
             self.serve(&places);
+            if !self.has_room(&places) {
+                self.accept_after = Some(Instant::now() + ACCEPT_PAUSE);
+                continue;
+            }
             self.advance(places.handshakes);
             if self.waits.is_ready(places.socket) {
                 self.accept();
@@ -119,7 +123,8 @@ impl Supervisor {
             .waits
             .add(self.socket.as_fd(), self.accept_after.is_none());
         for handshake in &self.handshakes {
-            self.waits.add(handshake.as_fd(), true);
+            self.waits
+                .add(handshake.as_fd(), self.accept_after.is_none());
         }
         for supervised in &self.near {
             self.waits.add(supervised.listener.as_fd(), true);
@@ -146,6 +151,14 @@ impl Supervisor {
                 None
             }
         }
+    }
+
+    /// Whether a listener that somebody has sent would find a free descriptor: one that does not is lost, and the calls of its process
+    /// fail.
+    fn has_room(&self, places: &Places) -> bool {
+        let mut handshakes = places.handshakes..places.near;
+        let sent = handshakes.any(|place| self.waits.is_ready(place));
+        !sent || self.stop.as_fd().try_clone_to_owned().is_ok()
     }
 
     /// Answers one call of each listener that has one, and drops those that nobody uses any more.

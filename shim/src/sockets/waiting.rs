@@ -18,9 +18,9 @@ use kbp_poller::window::SHORT;
 /// Threads of a container that are looked at.
 const THREADS: usize = 512;
 /// Share of the time that a thread has to run to be looked at.
-const BUSY: f64 = 0.01;
+pub(crate) const BUSY: f64 = 0.01;
 /// Sleeps a second from which a thread's waits tell of something.
-const SLEEPS: f64 = 200.0;
+pub(crate) const SLEEPS: f64 = 200.0;
 /// Forced switches a second that no program that computes brings about: even where each tick of the kernel is one (HZ=250).
 const FORCED: f64 = 500.0;
 /// Share of the time that only threads that wait for each other spend waiting. Wake-ups of halted CPUs count as waiting too.
@@ -34,7 +34,7 @@ const STAYS: f64 = 0.5;
 const WINDOWS: u32 = 4;
 
 /// What the threads of a container have done since the look before.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Look {
     /// CPUs that they were on, on average.
     pub cpus: f64,
@@ -44,6 +44,8 @@ pub struct Look {
     pub slept: f64,
     /// Why the window hurts, for a person.
     pub harm: Option<String>,
+    /// What those of them have done that have run or slept worth mentioning, by process and thread.
+    pub steps: BTreeMap<(u32, u32), Step>,
 }
 
 /// What a container's threads had done at the last look.
@@ -76,7 +78,7 @@ impl Watch {
         let seconds = self.at.elapsed().as_secs_f64();
         self.at = Instant::now();
         let mut threads = BTreeMap::new();
-        let mut steps = Vec::new();
+        let (mut steps, mut notable) = (Vec::new(), BTreeMap::new());
         for (pid, tid) in threads_of(processes) {
             let Ok(turns) = process::turns(pid, tid) else {
                 continue;
@@ -94,6 +96,9 @@ impl Watch {
             if let Some((old_turns, old_switches)) = before {
                 let step = Step::between((old_turns, old_switches), (&turns, &switches), seconds);
                 let judged = step.ran >= BUSY && window.is_some() && polls(pid);
+                if step.ran >= BUSY || step.slept >= SLEEPS / 4.0 {
+                    notable.insert((pid, tid), step);
+                }
                 // A thread that cannot be asked is gone.
                 let cpus = judged.then(|| process::affinity_count(tid).ok()).flatten();
                 steps.push((step, cpus));
@@ -105,6 +110,7 @@ impl Watch {
             turns: steps.iter().map(|(s, _)| s.turns).sum(),
             slept: steps.iter().map(|(s, _)| s.slept).sum(),
             harm: window.and_then(|window| harm(&steps, window)),
+            steps: notable,
         }
     }
 }
@@ -123,15 +129,18 @@ fn threads_of(processes: &[u32]) -> impl Iterator<Item = (u32, u32)> {
 }
 
 /// What one thread has done, a second.
-#[derive(Debug, Clone, Copy, Default)]
-struct Step {
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Step {
     /// Seconds on a CPU.
-    ran: f64,
+    pub ran: f64,
     /// Seconds of waiting for one.
-    waited: f64,
-    turns: f64,
-    slept: f64,
-    forced: f64,
+    pub waited: f64,
+    /// Turns on CPUs.
+    pub turns: f64,
+    /// Sleeps.
+    pub slept: f64,
+    /// Switches to other threads that it did not ask for.
+    pub forced: f64,
 }
 
 impl Step {

@@ -26,7 +26,13 @@ pub(crate) fn notifier(dir: &std::path::Path, bounded: bool) -> Notifier {
 }
 
 /// Has the calling thread's calls trapped until it ends, and hands the listener over as the runtime does.
+#[allow(dead_code, reason = "not every test takes both")]
 pub(crate) fn trap(notifier: &Notifier) {
+    trap_after(notifier, || {});
+}
+
+/// The same, with something done before the listener is handed over.
+pub(crate) fn trap_after(notifier: &Notifier, before: impl FnOnce()) {
     let message = serde_json::json!({
         "fds": ["seccompFd"], "pid": 1, "metadata": notifier.metadata(), "state": {"id": "app"},
     })
@@ -35,10 +41,12 @@ pub(crate) fn trap(notifier: &Notifier) {
     let connection = UnixStream::connect(notifier.socket()).expect("connect");
     let traps = [libc::SYS_bind, libc::SYS_epoll_create1];
     let listener = trap_calling_thread(&traps).expect("install a filter");
+    before();
     fd::send(connection.as_fd(), message.as_bytes(), &[listener.as_fd()])
         .expect("send the listener");
 }
 
+#[allow(dead_code, reason = "not every test makes them")]
 /// Makes a socket and an epoll instance, without the heap; whether both have the window.
 pub(crate) fn one_of_each() -> bool {
     let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));

@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 
@@ -98,6 +99,30 @@ impl Cgroup {
         Some(processes)
     }
 
+    /// Whether process `pid` is in it, or in one below it.
+    pub fn contains(&self, pid: u32) -> bool {
+        let of = Self::of_process(pid).ok();
+        let directories = of.as_ref().and_then(Self::directory).zip(self.directory());
+        directories.is_some_and(|(of, own)| of.starts_with(own))
+    }
+
+    /// CPU time of all that has ever run in it; None where the kernel does not count that.
+    pub fn cpu_time(&self) -> Option<Duration> {
+        match self {
+            Self::V1(directories) => {
+                let file = directories.get("cpuacct")?.join("cpuacct.usage");
+                let nanoseconds = fs::read_to_string(file).ok()?.trim().parse().ok()?;
+                Some(Duration::from_nanos(nanoseconds))
+            }
+            Self::V2(directory) => {
+                let stat = fs::read_to_string(directory.join("cpu.stat")).ok()?;
+                let mut lines = stat.lines();
+                let value = lines.find_map(|line| line.strip_prefix("usage_usec "))?;
+                Some(Duration::from_micros(value.trim().parse().ok()?))
+            }
+        }
+    }
+
     /// Where its processes are listed.
     fn directory(&self) -> Option<&Path> {
         match self {
@@ -154,6 +179,19 @@ mod tests {
         assert_eq!(found, Some(Cgroup::V2("/c/system.slice/x.scope".into())));
         assert_eq!(Cgroup::parse("", Path::new("/c"), true), None);
         assert_eq!(Cgroup::parse(table, Path::new("/c"), false), None);
+    }
+
+    #[test]
+    fn cpu_time_is_read_in_either_version() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().to_owned();
+        let v1 = Cgroup::V1(HashMap::from([("cpuacct".to_owned(), path.clone())]));
+        let v2 = Cgroup::V2(path.clone());
+        assert_eq!((v1.cpu_time(), v2.cpu_time()), (None, None));
+        fs::write(path.join("cpuacct.usage"), "1500000\n").expect("write");
+        fs::write(path.join("cpu.stat"), "usage_usec 2500\nuser_usec 1\n").expect("write");
+        assert_eq!(v1.cpu_time(), Some(Duration::from_micros(1500)));
+        assert_eq!(v2.cpu_time(), Some(Duration::from_micros(2500)));
     }
 
     #[test]
