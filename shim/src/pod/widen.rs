@@ -95,11 +95,13 @@ impl Widening {
         let slept: f64 = look.steps.values().map(|s| s.slept).sum();
         let others = others - WAKE_UP * slept - EACH * cpus.saturating_sub(1) as f64;
         if others >= COME {
-            self.until = Some(now + FIRST_PAUSE);
             self.sleepers = 0;
             return match self.state {
                 State::Plain => None,
-                _ => Some(self.plain()),
+                _ => {
+                    self.until = Some(now + FIRST_PAUSE);
+                    Some(self.plain())
+                }
             };
         }
         let Some(widest) = widest else {
