@@ -1,7 +1,7 @@
 //! Threads of a test whose calls a notifier answers.
 
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use kbp_kernel::notify::trap_calling_thread;
@@ -28,11 +28,12 @@ pub(crate) fn notifier(dir: &std::path::Path, bounded: bool) -> Notifier {
 /// Has the calling thread's calls trapped until it ends, and hands the listener over as the runtime does.
 #[allow(dead_code, reason = "not every test takes both")]
 pub(crate) fn trap(notifier: &Notifier) {
-    trap_after(notifier, || {});
+    drop(trap_after(notifier, || {}));
 }
 
-/// The same, with something done before the listener is handed over.
-pub(crate) fn trap_after(notifier: &Notifier, before: impl FnOnce()) {
+/// The same, with something done before the listener is handed over. Returns the thread's own descriptors of the connection and of the
+/// listener, of which the runtime keeps none.
+pub(crate) fn trap_after(notifier: &Notifier, before: impl FnOnce()) -> [OwnedFd; 2] {
     let message = serde_json::json!({
         "fds": ["seccompFd"], "pid": 1, "metadata": notifier.metadata(), "state": {"id": "app"},
     })
@@ -44,6 +45,7 @@ pub(crate) fn trap_after(notifier: &Notifier, before: impl FnOnce()) {
     before();
     fd::send(connection.as_fd(), message.as_bytes(), &[listener.as_fd()])
         .expect("send the listener");
+    [connection.into(), listener]
 }
 
 #[allow(dead_code, reason = "not every test makes them")]
