@@ -46,7 +46,7 @@ fn a_worker_polls_while_packets_flow_and_parks_when_they_stop() {
 
     wait_parked(worker.tid);
     let traffic = node.traffic();
-    node.wait_polled(500);
+    node.wait_kept_polling();
     let ran_on = process::last_cpu(worker.tid, worker.tid).expect("cpu");
     assert_eq!(ran_on, CpuId(worker.cpu));
     drop(traffic);

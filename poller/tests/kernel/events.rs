@@ -67,7 +67,7 @@ fn polling_goes_on_after_a_link_went_down_and_up() {
         });
         assert_eq!(attachment.state().degraded, []);
         let _traffic = node.traffic();
-        node.wait_polled(500);
+        node.wait_kept_polling();
     }
 }
 
@@ -94,7 +94,7 @@ fn a_link_that_is_down_is_reported_until_it_is_up_again() {
         attachment.state().degraded.is_empty().then_some(())
     });
     let _traffic = node.traffic();
-    node.wait_polled(500);
+    node.wait_kept_polling();
 }
 
 #[test]
@@ -121,7 +121,7 @@ fn offloads_that_somebody_else_changes_are_set_again() {
         (now.host_napi.is_some() && now.pod_napi.is_some()).then_some(())
     });
     let _traffic = node.traffic();
-    node.wait_polled(500);
+    node.wait_kept_polling();
 }
 
 #[test]
@@ -188,7 +188,7 @@ fn an_interface_that_comes_after_all_were_gone_is_polled_again() {
         (state.worker.is_some() && state.degraded.is_empty()).then_some(())
     });
     let _traffic = node.traffic();
-    node.wait_polled(200);
+    node.wait_kept_polling();
 }
 
 #[test]
@@ -205,7 +205,7 @@ fn renamed_ends_are_followed_by_their_new_names() {
     assert_eq!(now.host_napi, before.host_napi);
     assert_eq!(attachment.state().degraded, []);
     let _traffic = node.traffic();
-    node.wait_polled(200);
+    node.wait_kept_polling();
 }
 
 #[test]
@@ -238,5 +238,5 @@ fn an_end_that_is_moved_away_is_reported_and_polled_again_when_it_is_back() {
         (state.degraded.is_empty() && state.interfaces.len() == 1).then_some(())
     });
     let _traffic = node.traffic();
-    node.wait_polled(200);
+    node.wait_kept_polling();
 }

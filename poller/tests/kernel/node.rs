@@ -16,6 +16,7 @@ use kbp_poller::attach::{AttachRequest, Attachment, Outcome, attach};
 use kbp_poller::config::Config;
 use kbp_poller::policy::{Policy, WorkerPolicy};
 use kbp_poller::window::Window;
+use kbp_poller::worker::LEASE;
 
 pub(crate) const HOST_ADDRESS: &str = "10.200.0.1/30";
 const POD_ADDRESS: &str = "10.200.0.2/30";
@@ -213,7 +214,18 @@ impl Node {
         netstat::busy_poll_rx_packets(&self.host).expect("counter")
     }
 
-    /// Waits until the worker has polled `more` packets from now on.
+    /// Waits until the worker polls, and still does when a lease that nobody has renewed would be over.
+    pub(crate) fn wait_kept_polling(&self) {
+        self.wait_polled(1);
+        let over = Instant::now() + 2 * LEASE;
+        wait_until("a lease to be over", || {
+            (Instant::now() >= over).then_some(())
+        });
+        self.wait_polled(1);
+    }
+
+    /// Waits until the worker has polled `more` packets from now on. On a busy machine it gets few, since it takes those only that come while
+    /// it has its CPU.
     pub(crate) fn wait_polled(&self, more: u64) {
         let start = self.polled();
         wait_until("packets to be polled", || {

@@ -26,11 +26,11 @@ fn a_pod_is_attached_polled_listed_and_ends_with_its_connection() {
     assert_eq!(states.len(), 1);
     assert_eq!(states[0].owner_pid, daemon.pid());
     let traffic = node.traffic();
-    node.wait_polled(200);
+    node.wait_polled(50);
     drop(traffic);
     let listed = client.list().expect("list");
     assert_eq!(listed.len(), 1);
-    assert!(listed[0].packets > 200, "{listed:?}");
+    assert!(listed[0].packets > 50, "{listed:?}");
     assert!(listed[0].bound);
 
     let event = watch.next_event(LIMIT).expect("an event");
