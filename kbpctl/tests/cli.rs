@@ -262,6 +262,7 @@ fn status_lists_the_pods_that_live_and_names_the_files_that_do_not() {
         sockets: SocketCounters::default(),
         cpuset: None,
         short_way: Some("many packets".to_owned()),
+        rests: true,
         degraded: vec![Degraded {
             part: Part::PollableVeth,
             reason: "eth0 is a netkit".to_owned(),

@@ -115,6 +115,36 @@ impl PollRing {
         Ok(())
     }
 
+    /// How long the thread takes to go over its instances once, from a few rounds timed now. None when it sleeps, or has not got round within
+    /// `limit`, since others have its CPU. Waits without sleeping; the lease starts anew.
+    ///
+    /// It takes what is queued once a round: so from one empty operation's being taken to the next one's is a round.
+    pub fn round_time(&self, limit: Duration) -> Option<Duration> {
+        const ROUNDS: u32 = 8;
+        let mut ring = self.lock();
+        if ring.submission().need_wakeup() {
+            return None;
+        }
+        let end = Instant::now() + limit;
+        let mut began = None;
+        // The first only tells where a round begins.
+        for _ in 0..=ROUNDS {
+            let nothing = opcode::Nop::new()
+                .build()
+                .flags(squeue::Flags::SKIP_SUCCESS);
+            // SAFETY: a no-operation refers to no memory.
+            unsafe { ring.submission().push(&nothing) }.ok()?;
+            while !ring.submission().is_empty() {
+                if Instant::now() >= end {
+                    return None;
+                }
+                std::hint::spin_loop();
+            }
+            began.get_or_insert_with(Instant::now);
+        }
+        Some(began?.elapsed() / ROUNDS)
+    }
+
     /// Whether the thread sleeps now (IORING_SQ_NEED_WAKEUP).
     pub fn is_asleep(&self) -> bool {
         self.lock().submission().need_wakeup()

@@ -21,6 +21,8 @@ pub(crate) struct Findings {
     pub(crate) degraded: Vec<Degraded>,
     /// Why NAPI ids are not known, where the kernel cannot tell them.
     pub(crate) ids_unknown: Option<String>,
+    /// Whether what the pod sends passes by the NAPIs, since nobody polls them for now.
+    pub(crate) rests: bool,
     host_napis: Napis,
     pod_napis: Napis,
 }
@@ -105,6 +107,7 @@ impl Findings {
                 reason,
             });
         }
+        self.rests |= tuned.rests;
         self.ids_unknown = self.ids_unknown.take().or(tuned.ids_unknown);
     }
 }
@@ -204,8 +207,14 @@ impl Record {
     }
 
     /// Takes a new look at the links.
-    pub(crate) fn found(&self, interfaces: Vec<InterfaceState>, degraded: Vec<Degraded>) {
+    pub(crate) fn found(
+        &self,
+        interfaces: Vec<InterfaceState>,
+        rests: bool,
+        degraded: Vec<Degraded>,
+    ) {
         self.change(|inner| {
+            inner.state.rests = rests;
             inner.state.interfaces = interfaces;
             inner.links = degraded;
         });
@@ -252,6 +261,7 @@ impl Record {
         self.change(|inner| {
             inner.gone = true;
             inner.state.interfaces.clear();
+            inner.state.rests = false;
             inner.links = vec![Degraded {
                 part: Part::PollableVeth,
                 reason: reason.to_owned(),

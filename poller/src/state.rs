@@ -155,6 +155,10 @@ pub struct PodState {
     /// Why packets for the pod pass by its NAPI, while they do.
     #[serde(default)]
     pub short_way: Option<String>,
+    /// Whether what the pod sends passes by the host end's NAPI, since its worker has not been wanted for a while: kbp itself has TSO on in
+    /// the pod then.
+    #[serde(default)]
+    pub rests: bool,
     /// What is not active.
     pub degraded: Vec<Degraded>,
 }

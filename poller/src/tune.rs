@@ -36,6 +36,8 @@ pub(crate) struct Tuned {
     pub(crate) ids_unknown: Option<String>,
     /// Why packets do not wait for whoever polls, although they should.
     pub(crate) not_deferred: Option<String>,
+    /// Whether what the pod sends takes the way around the host end's NAPI.
+    pub(crate) rests: bool,
 }
 
 /// Offloads of both ends.
@@ -164,7 +166,8 @@ impl Tuner {
         ];
         // Both ends first: packets pass a NAPI only when the *other* end does not segment them later.
         for (end, netns, name, index) in ends {
-            self.one_end(end, netns, name, index)
+            tuned.rests |= self
+                .one_end(end, netns, name, index)
                 .map_err(|e| format!("{}: {e}", endpoint.pod_name))?;
         }
         self.datagrams(endpoint)
@@ -257,7 +260,8 @@ impl Tuner {
         }
     }
 
-    fn one_end(&self, end: End, netns: &Netns, name: &str, index: IfIndex) -> Result<(), String> {
+    /// Whether what it sends takes the way around the other end's NAPI because nobody polls that for now.
+    fn one_end(&self, end: End, netns: &Netns, name: &str, index: IfIndex) -> Result<bool, String> {
         let text = |e: Error| e.to_string();
         let mut route = RouteSocket::open_in(netns).map_err(text)?;
         let link = route
@@ -285,13 +289,15 @@ impl Tuner {
                 ..wanted
             };
             if now == short || ethtool::set_features(netns, name, short).is_ok() {
-                return self.ensure_qdisc(&mut route, &link, sends_to_napi);
+                self.ensure_qdisc(&mut route, &link, sends_to_napi)?;
+                return Ok(true);
             }
         }
         if now != wanted {
             ethtool::set_features(netns, name, wanted).map_err(text)?;
         }
-        self.ensure_qdisc(&mut route, &link, sends_to_napi)
+        self.ensure_qdisc(&mut route, &link, sends_to_napi)?;
+        Ok(false)
     }
 
     /// A sender with TSO on leaves out the receiver's NAPI (`veth_skb_is_eligible_for_gro` in drivers/net/veth.c), without a packet lost and

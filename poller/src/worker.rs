@@ -81,6 +81,11 @@ impl Worker {
         self.poller.rounds()
     }
 
+    /// How long it takes to go over its instances once, timed now, where that can be done within `limit`.
+    pub(crate) fn round_time(&self, limit: Duration) -> Option<Duration> {
+        self.poller.round_time(limit)
+    }
+
     /// CPU time that it has used: it polls without a pause while it is awake.
     pub(crate) fn busy(&self) -> Duration {
         self.poller.busy()
@@ -316,6 +321,7 @@ mod tests {
             sockets: SocketCounters::default(),
             cpuset: cpuset.map(str::to_owned),
             short_way: None,
+            rests: false,
             degraded: Vec::new(),
         }
     }

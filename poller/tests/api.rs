@@ -90,13 +90,14 @@ fn pod() -> Pod {
         bound: true,
         packets: 7,
         owner_pid: 8,
+        rests: true,
     }
 }
 
 const POD: &str = "id: \"i\" namespace: \"n\" worker_policy: \"shared\" profile: \"latency\" \
     interfaces { pod_interface: \"eth0\" host_interface: \"veth0\" host_ifindex: 1 host_napi: 2 pod_napi: 3 } \
     worker { kind: \"sqpoll\" policy: \"shared\" tid: 4 cpu: 5 idle_class: true lease_ms: 6 } \
-    worker_reason: \"w\" degraded { part: \"p\" reason: \"r\" } bound: true packets: 7 owner_pid: 8";
+    worker_reason: \"w\" degraded { part: \"p\" reason: \"r\" } bound: true packets: 7 owner_pid: 8 rests: true";
 
 /// Every field of every message set: a wrong tag or type would show as a number, or not at all.
 #[test]

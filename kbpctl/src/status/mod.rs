@@ -176,6 +176,9 @@ fn render(status: &Status, seen: Seen<'_>, dir: &Path, verbose: bool) -> String 
             if let Some(why) = &pod.short_way {
                 lines.push(format!("short way past the NAPI: {why}"));
             }
+            if pod.rests {
+                lines.push("rests: what it sends passes by the NAPI, by TSO in the pod, until its worker is wanted".to_owned());
+            }
             lines.push(format!("busy-poll-mode: {}", mode(pod)));
             let done = &pod.sockets;
             lines.push(format!(
@@ -380,6 +383,7 @@ pub(super) mod tests {
             },
             cpuset: None,
             short_way: None,
+            rests: false,
             degraded: vec![Degraded {
                 part: Part::EpollBusyPoll,
                 reason: "the kernel is too old".to_owned(),

@@ -122,6 +122,33 @@ fn waking_it_while_it_is_awake_starts_the_lease_anew() {
 }
 
 #[test]
+fn a_round_is_timed_while_it_is_awake_and_takes_longer_over_more_instances() {
+    const LIMIT: Duration = Duration::from_millis(2);
+    let mut ring = PollRing::new(&options(200)).expect("ring");
+    assert_eq!(ring.round_time(LIMIT), None, "it sleeps");
+    // Others may have its CPU, or this thread may be there itself: the shortest of many.
+    let shortest = |ring: &PollRing| {
+        let mut times = Vec::new();
+        eventually("rounds to be timed", || {
+            ring.wake().expect("wake");
+            times.extend(ring.round_time(LIMIT));
+            times.len() == 20
+        });
+        times.into_iter().min().expect("a time")
+    };
+    let none = shortest(&ring);
+    assert!(none > Duration::ZERO);
+    // Nobody has these ids: they are looked for all the same.
+    for number in 0..500 {
+        ring.add(NapiId(1_000_000_000 + number)).expect("add");
+    }
+    let many = shortest(&ring);
+    assert!(many > 2 * none, "{none:?} {many:?}");
+    eventually("the lease to end", || ring.is_asleep());
+    assert_eq!(ring.round_time(LIMIT), None);
+}
+
+#[test]
 fn it_outlives_the_thread_that_made_it() {
     let made = std::thread::spawn(|| {
         let tid = nix::unistd::gettid().as_raw() as u32;

@@ -32,6 +32,7 @@ pub fn pod(state: &PodState, bound: bool, packets: u64) -> api::Pod {
         bound,
         packets,
         owner_pid: state.owner_pid,
+        rests: state.rests,
     }
 }
 

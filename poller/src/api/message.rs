@@ -237,6 +237,9 @@ pub struct Pod {
     /// Process that owns the worker.
     #[prost(uint32, tag = "11")]
     pub owner_pid: u32,
+    /// Whether TSO is on in the pod since its worker has not been wanted for a while: what it sends passes by the NAPI.
+    #[prost(bool, tag = "12")]
+    pub rests: bool,
 }
 
 /// One polled interface.

@@ -201,6 +201,7 @@ impl Parts {
             sockets: SocketCounters::default(),
             cpuset: request.cpuset.as_ref().map(ToString::to_string),
             short_way: None,
+            rests: false,
             degraded: self.lasting(request),
         };
         Ok(Record::new(

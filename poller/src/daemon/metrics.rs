@@ -1,9 +1,10 @@
 //! What the daemon tells Prometheus.
 //!
 //! All of it is read when it is asked for: nothing is counted twice, and an idle daemon does no work for it. The rounds of a
-//! worker are counted where they are this process' own, since the kernel counts none; the time its thread has run is known of all.
+//! worker are counted where they are this process' own, since the kernel counts none; of a ring one round is timed instead.
 
 use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
@@ -13,7 +14,7 @@ use prometheus_client::registry::{Registry, Unit};
 
 use super::service::Counts;
 use crate::engine::Snapshot;
-use crate::state::{PodState, SocketCounters};
+use crate::state::{PodState, SocketCounters, WorkerState};
 use crate::uplink::Uplink;
 
 type Labels = Vec<(&'static str, String)>;
@@ -55,6 +56,8 @@ pub(super) struct Source<'a> {
     pub(super) snapshot: &'a Snapshot,
     /// Packets that busy polling took, in each pod's namespace and in the host's.
     pub(super) busy_polled: (Vec<(PodState, u64)>, Option<u64>),
+    /// How long workers take to go over their NAPIs once.
+    pub(super) round_times: &'a [(WorkerState, Duration)],
     pub(super) uplinks: &'a [Uplink],
     pub(super) counts: Counts,
     /// Attachments, waiting ones included.
@@ -67,7 +70,8 @@ impl Source<'_> {
         let mut registry = Registry::with_prefix("kbp");
         of_pods(&mut registry, self.snapshot);
         of_busy_polling(&mut registry, &self.busy_polled);
-        of_workers(&mut registry, self.snapshot);
+        of_accounts(&mut registry, self.snapshot);
+        of_workers(&mut registry, self.snapshot, self.round_times);
         of_uplinks(&mut registry, self.uplinks);
         of_daemon(&mut registry, self.snapshot, self.counts, self.held);
         let mut text = String::new();
@@ -195,7 +199,55 @@ fn of_uplinks(registry: &mut Registry, uplinks: &[Uplink]) {
     );
 }
 
-fn of_workers(registry: &mut Registry, snapshot: &Snapshot) {
+/// What the worker of each pod does for it.
+fn of_accounts(registry: &mut Registry, snapshot: &Snapshot) {
+    let busy = Family::<Labels, Seconds>::default();
+    let idle = Family::<Labels, Seconds>::default();
+    let rounds = Family::<Labels, Counter>::default();
+    let polled = snapshot.pods.iter().filter(|p| p.state.worker.is_some());
+    for pod in polled {
+        let (labels, account) = (named(&pod.state, &[]), pod.account);
+        busy.get_or_create(&labels)
+            .inc_by(account.busy.as_secs_f64());
+        idle.get_or_create(&labels)
+            .inc_by(account.idle.as_secs_f64());
+        if let Some(counted) = account.rounds {
+            rounds.get_or_create(&labels).inc_by(counted);
+        }
+    }
+    registry.register_with_unit(
+        "pod_worker_busy",
+        "Part of a pod in the time that its worker's thread has run, by packets: the parts of a worker's pods add up to it. Nothing is added while it polls uplinks, too",
+        Unit::Seconds,
+        busy,
+    );
+    registry.register_with_unit(
+        "pod_worker_idle",
+        "Time that the thread of a pod's worker has not run since it has polled the pod: parked, or waiting for its CPU",
+        Unit::Seconds,
+        idle,
+    );
+    registry.register(
+        "pod_worker_rounds",
+        "Rounds of a pod's worker since it has polled the pod, each of them one over this pod too; of kind socket, since the kernel counts no rounds of the others",
+        rounds,
+    );
+}
+
+fn labels_of(worker: &WorkerState) -> Labels {
+    vec![
+        ("kind", worker.kind.clone()),
+        ("policy", worker.policy.to_string()),
+        ("cpu", worker.cpu.to_string()),
+        ("tid", worker.tid.to_string()),
+    ]
+}
+
+fn of_workers(
+    registry: &mut Registry,
+    snapshot: &Snapshot,
+    round_times: &[(WorkerState, Duration)],
+) {
     let busy = Family::<Labels, Seconds>::default();
     let parked_time = Family::<Labels, Seconds>::default();
     let parked = Family::<Labels, Gauge>::default();
@@ -205,12 +257,7 @@ fn of_workers(registry: &mut Registry, snapshot: &Snapshot) {
     let rounds = Family::<Labels, Counter>::default();
     let rate = Family::<Labels, Gauge>::default();
     for worker in &snapshot.workers {
-        let labels: Labels = vec![
-            ("kind", worker.state.kind.clone()),
-            ("policy", worker.state.policy.to_string()),
-            ("cpu", worker.state.cpu.to_string()),
-            ("tid", worker.state.tid.to_string()),
-        ];
+        let labels = labels_of(&worker.state);
         let idle = worker.age.saturating_sub(worker.busy);
         busy.get_or_create(&labels)
             .inc_by(worker.busy.as_secs_f64());
@@ -249,6 +296,18 @@ fn of_workers(registry: &mut Registry, snapshot: &Snapshot) {
         "worker_rounds",
         "How often a worker of kind socket has gone over its pods; the kernel counts no rounds of the others",
         rounds,
+    );
+    let round = Family::<Labels, Gauge<f64, AtomicU64>>::default();
+    for (worker, time) in round_times {
+        round
+            .get_or_create(&labels_of(worker))
+            .set(time.as_secs_f64());
+    }
+    registry.register_with_unit(
+        "worker_round",
+        "How long a worker of kind sqpoll that is awake takes to go over its NAPIs once, timed over 8 rounds when it was asked for",
+        Unit::Seconds,
+        round,
     );
     registry.register("worker_lease_renewals", "Leases started", renewals);
     registry.register(

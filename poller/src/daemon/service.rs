@@ -226,6 +226,7 @@ impl Service {
         metrics::Source {
             snapshot: &self.engine.snapshot(),
             busy_polled: self.engine.busy_polled(),
+            round_times: &self.engine.round_times(),
             uplinks: &self.uplinks,
             counts: self.counts,
             held: self.held.len(),

@@ -6,6 +6,7 @@
 //! left alone, since a move would only carry the heat along.
 
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 use kbp_kernel::CpuId;
 
@@ -61,6 +62,7 @@ impl Kept {
             return 0;
         };
         let loads = self.loads();
+        self.book_all(Instant::now());
         let Some(pod) = self.pods.get_mut(&key) else {
             return 0;
         };

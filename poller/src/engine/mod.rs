@@ -6,6 +6,7 @@
 //! [`balance`]s the load. What it keeps is behind one lock, which it takes for one pod at a time, and not while it asks the kernel for
 //! a pod's links: whoever attaches does not wait until it has been through all of them.
 
+mod accounts;
 mod balance;
 mod latency;
 mod offline;
@@ -29,8 +30,9 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::due::timeout_until;
-use crate::state::PodState;
+use crate::state::{PodState, WorkerState};
 use crate::{Error, Result};
+pub use accounts::Account;
 pub(crate) use latency::Latency;
 use pod::Seen;
 pub(crate) use pod::{Pod, PodKey};
@@ -183,6 +185,10 @@ impl Engine {
     /// Keeps a pod from now on.
     pub(crate) fn insert(&self, kept: &mut Kept, mut pod: Pod) -> Result<PodKey> {
         pod.start_counting(&mut kept.counters);
+        // What its worker did before is not its own.
+        if let Some(worker) = pod.worker {
+            kept.book(worker, Instant::now());
+        }
         let key = kept.next_key;
         let event = EpollEvent::new(EpollFlags::EPOLLIN, key.0);
         if let Err(errno) = self.handle.shared.epoll.add(pod.events(), event) {
@@ -201,6 +207,9 @@ impl Engine {
     /// Keeps it no longer: its NAPIs are polled by nobody when this returns.
     pub(crate) fn remove(&self, key: PodKey) {
         let mut kept = self.lock();
+        if let Some(worker) = kept.pods.get(&key).and_then(|pod| pod.worker) {
+            kept.book(worker, Instant::now());
+        }
         let Some(mut pod) = kept.pods.remove(&key) else {
             return;
         };
@@ -228,6 +237,20 @@ impl Engine {
     /// What is true now.
     pub fn snapshot(&self) -> Snapshot {
         self.lock().snapshot()
+    }
+
+    /// How long workers that are awake take to go over their NAPIs once, where that can be timed, by what [`WorkerSnapshot::state`] says of them.
+    pub(crate) fn round_times(&self) -> Vec<(WorkerState, Duration)> {
+        /// Hundreds of NAPIs take tens of microseconds.
+        const LIMIT: Duration = Duration::from_millis(1);
+        let keys: Vec<WorkerKey> = self.lock().workers.slots.keys().copied().collect();
+        let time = |key| {
+            // The lock is free between two of them.
+            let kept = self.lock();
+            let worker = &kept.workers.slots.get(&key)?.worker;
+            Some((worker.state.clone(), worker.round_time(LIMIT)?))
+        };
+        keys.into_iter().filter_map(time).collect()
     }
 
     /// Packets that busy polling took in each pod's namespace, by namespace and id of the pod, and those in the host's.
@@ -394,7 +417,18 @@ impl Kept {
         let Some(pod) = self.pods.get_mut(&key) else {
             return false;
         };
+        let before = pod.worker;
+        if before.is_none() || matches!(seen, Ok(None)) {
+            // It may come to a worker, or leave its own.
+            self.book_all(Instant::now());
+        }
+        let Some(pod) = self.pods.get_mut(&key) else {
+            return false;
+        };
         let moved = pod.seen(&mut self.workers, seen);
+        if pod.worker != before {
+            pod.booked_packets = pod.packets();
+        }
         pod.start_ticking(self.epoch);
         moved
     }
@@ -413,6 +447,7 @@ impl Kept {
     fn renew(&mut self, now: Instant) -> bool {
         self.workers.loads = self.loads();
         self.workers.renew();
+        self.book_now_and_then(now);
         if self.survey_at.is_none() && self.is_survey_wanted() {
             self.survey_at = Some(now + SURVEY);
         }

@@ -1,6 +1,8 @@
 //! Finds other CPUs for the workers of one that goes offline: the kernel lets their threads run on any other then, and leaves them there
 //! when it comes back.
 
+use std::time::Instant;
+
 use kbp_kernel::CpuSet;
 use kbp_kernel::cpu::Topology;
 
@@ -17,6 +19,7 @@ impl Kept {
     }
 
     fn place_on(&mut self, online: CpuSet) {
+        self.book_all(Instant::now());
         for pod in self.pods.values_mut() {
             match pod.worker {
                 Some(key) if !online.contains(key.cpu()) => {
@@ -28,6 +31,7 @@ impl Kept {
                 _ => continue,
             }
             self.workers.place(pod);
+            pod.booked_packets = pod.packets();
             pod.displaced = pod.worker.is_none();
             // Its worker has its NAPIs from the next look.
             pod.refresh_soon();

@@ -9,6 +9,7 @@ use kbp_kernel::netns::{Netns, NetnsId};
 use kbp_kernel::{IfIndex, Micros};
 
 use super::Workers;
+use super::accounts::Account;
 use super::workers::WorkerKey;
 use crate::endpoint::{self, Endpoint, Found};
 use crate::pace::{self, Pace};
@@ -108,6 +109,9 @@ pub(crate) struct Pod {
     retry: Duration,
     events: LinkEvents,
     pace: Pace,
+    /// What its worker has done for it, and the packets up to which.
+    pub(super) account: Account,
+    pub(super) booked_packets: u64,
     /// Packets at the last count, and all since the attach.
     counted: u64,
     packets: u64,
@@ -145,6 +149,8 @@ impl Pod {
             displaced: false,
             events,
             pace: Pace::new(0, own_cpu),
+            account: Account::default(),
+            booked_packets: 0,
             counted: 0,
             packets: 0,
             at_tick: 0,
@@ -349,7 +355,8 @@ impl Pod {
             }
         }
         // New NAPIs begin their life in softirq; the worker takes over at once if it is awake, else at the next tick.
-        self.record.found(findings.interfaces, degraded);
+        self.record
+            .found(findings.interfaces, findings.rests, degraded);
     }
 
     /// Holding a namespace open keeps it, and its veth with it, so whoever registered it has to be looked for.

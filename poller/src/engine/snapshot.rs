@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use kbp_kernel::Micros;
 
-use super::Kept;
+use super::{Account, Kept};
 use crate::state::{PodState, WorkerState};
 
 /// A pod.
@@ -16,6 +16,8 @@ pub struct PodSnapshot {
     pub packets: u64,
     /// Packets a second, at the last look.
     pub rate: u64,
+    /// What its workers have done for it.
+    pub account: Account,
 }
 
 /// A worker.
@@ -57,22 +59,30 @@ pub struct Snapshot {
 impl Kept {
     pub(super) fn snapshot(&mut self) -> Snapshot {
         self.count();
+        let now = Instant::now();
+        self.book_all(now);
         let pods = self.pods.values().map(|pod| PodSnapshot {
             state: pod.record.state(),
             packets: pod.packets(),
             rate: pod.rate,
+            account: pod.account,
         });
-        let now = Instant::now();
         let workers = self.workers.slots.iter().map(|(key, slot)| {
             let of = || self.pods.values().filter(|p| p.worker == Some(*key));
+            let pods = of().count();
+            // Of the moment in which its pods' accounts were closed; without pods it has no books.
+            let (busy, rounds) = match pods {
+                0 => (slot.worker.busy(), slot.worker.rounds()),
+                _ => (slot.booked.busy, slot.booked.rounds),
+            };
             WorkerSnapshot {
                 state: slot.worker.state.clone(),
-                pods: of().count(),
-                uplinks: slot.users().saturating_sub(of().count()),
+                pods,
+                uplinks: slot.users().saturating_sub(pods),
                 renewals: slot.renewals,
                 parked: slot.worker.is_parked(),
-                rounds: slot.worker.rounds(),
-                busy: slot.busy(),
+                rounds,
+                busy,
                 age: now - slot.made,
                 rate: of().map(|p| p.rate).sum(),
             }

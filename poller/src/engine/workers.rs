@@ -3,12 +3,13 @@
 //! Shared and idle-class workers take any number of pods: one worker a CPU. A dedicated one has a CPU and a pod of its own.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use kbp_kernel::netns::Netns;
 use kbp_kernel::{CpuId, IfIndex, NapiId};
 
 use super::Pod;
+use super::accounts::Booked;
 use crate::claim::Claim;
 use crate::config::Feature;
 use crate::place::{Placed, Placing};
@@ -68,17 +69,20 @@ pub(super) struct Slot {
     pub(super) renewals: u64,
     /// Pods and uplinks that it polls.
     users: usize,
+    /// Instances of uplinks among what it polls.
+    uplink_napis: usize,
     lease_asked: bool,
+    pub(super) booked: Booked,
 }
 
 impl Slot {
-    /// Time that its thread has run: it polls without a pause while it is awake.
-    pub(super) fn busy(&self) -> Duration {
-        self.worker.busy()
-    }
-
     pub(super) fn users(&self) -> usize {
         self.users
+    }
+
+    /// Whether it polls uplinks, too.
+    pub(super) fn polls_uplinks(&self) -> bool {
+        self.uplink_napis > 0
     }
 }
 
@@ -135,7 +139,9 @@ impl Workers {
                 made: Instant::now(),
                 renewals: 0,
                 users: 0,
+                uplink_napis: 0,
                 lease_asked: false,
+                booked: Booked::nothing(Instant::now()),
             },
         };
         let slot = self.slots.entry(key).or_insert(slot);
@@ -292,6 +298,7 @@ impl Workers {
         for old in polled.difference(wanted) {
             outcome = outcome.and(slot.worker.remove(*old).map_err(|e| e.to_string()));
         }
+        slot.uplink_napis -= polled.len();
         polled.retain(|napi| wanted.contains(napi));
         for napi in wanted {
             let target = Target {
@@ -305,6 +312,7 @@ impl Workers {
                 Err(e) => outcome = outcome.and(Err(e.to_string())),
             }
         }
+        slot.uplink_napis += polled.len();
         outcome
     }
 
@@ -319,6 +327,7 @@ impl Workers {
     /// Takes an uplink from its worker.
     pub(crate) fn leave_uplink(&mut self, key: WorkerKey, polled: &mut BTreeSet<NapiId>) {
         if let Some(slot) = self.slots.get_mut(&key) {
+            slot.uplink_napis -= polled.len();
             for napi in std::mem::take(polled) {
                 if let Err(error) = slot.worker.remove(napi) {
                     tracing::warn!(%error, "a NAPI is still in the list of a worker");

@@ -280,6 +280,7 @@ mod tests {
             sockets: SocketCounters::default(),
             cpuset: None,
             short_way: None,
+            rests: false,
             degraded: vec![Degraded {
                 part: Part::Worker,
                 reason: "why".to_owned(),

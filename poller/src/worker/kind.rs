@@ -1,6 +1,7 @@
 //! The kinds of workers, behind one interface, and which is tried first.
 
 use std::fmt;
+use std::time::Duration;
 
 use kbp_kernel::netns::Netns;
 use kbp_kernel::process::Scheduling;
@@ -108,8 +109,13 @@ pub(super) trait Poller: fmt::Debug + Send {
     fn rounds(&self) -> Option<u64> {
         None
     }
+    /// How long it takes to go over its instances once, timed now; None when it sleeps, does not get its CPU within `limit`, or goes over none
+    /// but one of its own.
+    fn round_time(&self, _limit: Duration) -> Option<Duration> {
+        None
+    }
     /// CPU time that it has used.
-    fn busy(&self) -> std::time::Duration {
+    fn busy(&self) -> Duration {
         let tid = self.thread_id();
         kbp_kernel::process::cpu_time(tid, tid).unwrap_or_default()
     }

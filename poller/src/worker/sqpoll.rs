@@ -1,5 +1,7 @@
 //! A polling ring: one kernel thread for any number of NAPIs of any namespace.
 
+use std::time::Duration;
+
 use kbp_kernel::process::Scheduling;
 use kbp_kernel::ring::{PollRing, RingOptions};
 use kbp_kernel::{NapiId, Result};
@@ -51,5 +53,9 @@ impl Poller for Ring {
 
     fn thread_id(&self) -> u32 {
         self.0.thread_id()
+    }
+
+    fn round_time(&self, limit: Duration) -> Option<Duration> {
+        self.0.round_time(limit)
     }
 }

@@ -12,10 +12,15 @@ use kbp_poller::policy::WorkerPolicy;
 
 use crate::node::{HOST_ADDRESS, Node, any_cpu, ip, wait_until};
 
+/// The offloads of the host end and of the pod end.
+fn ends(node: &Node) -> [Features; 2] {
+    let ends = [(&node.host, "vhost0"), (&node.pod, "eth0")];
+    ends.map(|(netns, name)| ethtool::features(netns, name).expect("features"))
+}
+
 /// Whether what the pod sends takes the short way, which TSO at its end means.
 fn is_short(node: &Node) -> bool {
-    let ends = [(&node.host, "vhost0"), (&node.pod, "eth0")];
-    let [host, pod] = ends.map(|(netns, name)| ethtool::features(netns, name).expect("features"));
+    let [host, pod] = ends(node);
     // The rest is as always: both NAPIs stay, and packets to the pod come to that of its end.
     assert!(host.gro && pod.gro && !host.tso, "{host:?} {pod:?}");
     pod.tso
@@ -73,6 +78,27 @@ fn a_pod_whose_worker_rests_sends_around_the_napi_and_is_polled_again_when_it_sp
     let ids = napis(&attachment);
     wait_way(node, true);
     assert_eq!(napis(&attachment), ids, "no NAPI is made anew");
+    // That TSO is kbp's own is told; whatever else somebody changes meanwhile is mended at once.
+    let rests = |attachment: &Attachment| attachment.state().rests;
+    wait_until("the rest to be told", || rests(&attachment).then_some(()));
+    let resting = ends(node);
+    for (netns, name, changed) in [
+        (&node.host, "vhost0", [true, true]),
+        (&node.host, "vhost0", [false, false]),
+        (&node.pod, "eth0", [false, true]),
+        (&node.pod, "eth0", [true, false]),
+    ] {
+        let [gro, tso] = changed;
+        match ethtool::set_features(netns, name, Features { gro, tso }) {
+            Ok(()) | Err(kbp_kernel::Error::Unsupported { .. }) => {}
+            Err(error) => panic!("{error}"),
+        }
+        wait_until("what was changed to be mended", || {
+            (ends(node) == resting).then_some(())
+        });
+        assert!(rests(&attachment));
+    }
+    let ids = napis(&attachment);
     assert_eq!(napi_of_a_packet(node), None);
     // These have been silent for longer than the first one: all that is left is the look at their counters that would tell.
     std::thread::sleep(Duration::from_millis(500));
@@ -90,8 +116,11 @@ fn a_pod_whose_worker_rests_sends_around_the_napi_and_is_polled_again_when_it_sp
         (now.is_some() && now != ids[0] && state.degraded.is_empty()).then_some(())
     });
     let traffic = node.traffic();
-    node.wait_polled(200);
+    node.wait_polled(20);
     assert!(!is_short(node));
+    wait_until("the end of the rest to be told", || {
+        (!rests(&attachment)).then_some(())
+    });
     // What somebody else switches now is mended as ever.
     let wrong = Features {
         gro: true,
@@ -111,6 +140,6 @@ fn a_pod_whose_worker_rests_sends_around_the_napi_and_is_polled_again_when_it_sp
     let attachment = node.attached(shared(node, ""));
     assert!(!is_short(node));
     let _traffic = node.traffic();
-    node.wait_polled(200);
+    node.wait_polled(20);
     drop(attachment);
 }

@@ -115,6 +115,7 @@ impl Bare {
                 sockets: SocketCounters::default(),
                 cpuset: sockets.cpuset.as_ref().map(ToString::to_string),
                 short_way: None,
+                rests: false,
                 degraded,
             },
         };

@@ -116,7 +116,7 @@ fn a_hundred_pods_share_one_worker_and_little_memory() {
     assert_eq!(names(&mut client), ["first"]);
 }
 
-fn add_veth(host: &Netns, pod: &Netns, name: &str) {
+pub(super) fn add_veth(host: &Netns, pod: &Netns, name: &str) {
     use kbp_kernel::link::{Batch, VethPair};
     use kbp_kernel::{MacAddr, Mtu};
     let number: u8 = name[1..].parse().expect("a number");

@@ -2,8 +2,10 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 
+use kbp_kernel::netns::Netns;
 use kbp_poller::api;
 
+use super::many::add_veth;
 use super::{Daemon, LIMIT, attached, command, names, pool, request, spawn};
 use crate::node::{Node, ip, wait_until};
 
@@ -14,7 +16,7 @@ fn metrics_are_scraped() {
     let mut client = daemon.client();
     attached(&mut client, &request("a", &node.pod));
     let traffic = node.traffic();
-    node.wait_polled(200);
+    node.wait_polled(50);
     drop(traffic);
     let text = daemon.metrics();
     let value = |name: &str| -> f64 {
@@ -30,8 +32,8 @@ fn metrics_are_scraped() {
         let value = line.rsplit(' ').next().expect("a value");
         value.parse().expect("a number")
     };
-    assert!(value("kbp_pod_packets_total") > 200.0);
-    assert!(value("kbp_node_polled_packets_total") >= 200.0);
+    assert!(value("kbp_pod_packets_total") > 50.0);
+    assert!(value("kbp_node_polled_packets_total") >= 50.0);
     // Its sockets do not poll.
     assert!(value("kbp_pod_socket_polled_packets_total") == 0.0);
     assert!(value("kbp_worker_uplinks") == 0.0);
@@ -119,6 +121,77 @@ fn rounds_are_counted_where_they_are_the_daemons_own() {
     }
 }
 
+/// The value of the line of `text` that begins so.
+fn value_of(text: &str, begins: &str) -> Option<f64> {
+    let line = text.lines().find(|l| l.starts_with(begins))?;
+    line.rsplit(' ').next()?.parse().ok()
+}
+
+#[test]
+fn what_a_worker_does_is_divided_among_its_pods() {
+    for (kind, disabled) in [
+        ("socket", "disable = [\"kthread\", \"sqpoll\"]\n"),
+        ("sqpoll", ""),
+    ] {
+        let node = Node::new();
+        let silent = Netns::create().expect("namespace");
+        add_veth(&node.host, &silent, "v0");
+        // A socket is primed by a packet.
+        ip(&node.host, "address add 10.201.0.1/30 dev v0");
+        ip(&silent, "address add 10.201.0.2/30 dev eth0");
+        let daemon = Daemon::start(&node, &format!("{}\n{disabled}", pool()));
+        let mut client = daemon.client();
+        for (id, netns) in [("loud", &node.pod), ("silent", &silent)] {
+            let pod = attached(&mut client, &request(id, netns));
+            assert_eq!(pod.degraded, [], "{kind}");
+        }
+        let traffic = node.traffic();
+        node.wait_polled(50);
+        let text = daemon.metrics();
+        let of_worker = |metric: &str| {
+            let value = value_of(&text, &format!("kbp_worker_{metric}{{kind=\"{kind}\""));
+            value.unwrap_or_else(|| panic!("no {metric} of the worker in\n{text}"))
+        };
+        let of_pod = |metric: &str, pod: &str| {
+            let begins = format!("kbp_pod_worker_{metric}{{namespace=\"test\",pod=\"{pod}\"");
+            value_of(&text, &begins)
+        };
+        let both = |metric: &str| {
+            ["loud", "silent"].map(|pod| of_pod(metric, pod).unwrap_or_else(|| panic!("{text}")))
+        };
+        assert_eq!(of_worker("pods"), 2.0);
+        let [loud, silent] = both("busy_seconds_total");
+        let whole = of_worker("busy_seconds_total");
+        assert!(
+            (loud + silent - whole).abs() < 1e-6,
+            "{loud} {silent} {text}"
+        );
+        assert!(loud > silent && whole > 0.0, "{loud} {silent}");
+        let [loud, silent] = both("idle_seconds_total");
+        let most = of_worker("idle_seconds_total");
+        assert!(0.0 < silent && silent < loud, "{silent} {loud}");
+        assert!(loud <= most + 1e-6, "{loud} {most}");
+        let rounds = ["loud", "silent"].map(|pod| of_pod("rounds_total", pod));
+        if kind == "socket" {
+            // Each round is one over both, and the silent one came later.
+            let [loud, silent] = rounds.map(Option::unwrap_or_default);
+            let all = of_worker("rounds_total");
+            assert!(50.0 < silent && silent <= loud && loud <= all, "{text}");
+        } else {
+            assert_eq!(rounds, [None, None]);
+            // Not while the daemon is on the worker's CPU, or somebody else.
+            let round = wait_until("a round to be timed", || {
+                value_of(
+                    &daemon.metrics(),
+                    "kbp_worker_round_seconds{kind=\"sqpoll\"",
+                )
+            });
+            assert!(0.0 < round && round < 1e-3, "{round}");
+        }
+        drop(traffic);
+    }
+}
+
 #[test]
 fn metrics_are_served_on_a_loopback_port_to_those_who_ask_properly() {
     let node = Node::new();
@@ -158,4 +231,8 @@ fn metrics_are_served_on_a_loopback_port_to_those_who_ask_properly() {
 }
 
 /// Metrics that are there only while there is something to tell.
-const CONDITIONAL: [&str; 2] = ["kbp_pod_degraded_parts", "kbp_poller_cpu_latency_seconds"];
+const CONDITIONAL: [&str; 3] = [
+    "kbp_pod_degraded_parts",
+    "kbp_poller_cpu_latency_seconds",
+    "kbp_worker_round_seconds",
+];
