@@ -10,7 +10,6 @@ use hdrhistogram::Histogram;
 use kbp_kernel::netns::Netns;
 use kbp_kernel::process;
 use kbp_kernel::{CpuId, CpuSet, cpu};
-use kbp_plot::median;
 use kbp_poller::api::{self, AttachRequest};
 use kbp_poller::client::{Attached, Client};
 use kbp_tests::bench::cpu::Placement;
@@ -24,7 +23,7 @@ use crate::veths::{Node, Pod};
 /// Longest wait for anything of the daemon's.
 const LIMIT: Duration = Duration::from_secs(20);
 const PODS: u8 = 100;
-/// What an attach should take at most.
+/// What an attach or detach should take at most.
 const GOAL_MS: f64 = 2.0;
 /// As many as the goal for an idle node speaks of.
 const SILENT: u8 = 50;
@@ -33,15 +32,26 @@ const SILENCE: Duration = Duration::from_millis(1000);
 /// Packets of all pods after a silence: so often.
 const WAKES: usize = 10;
 
+/// A call of the daemon's API, as its client saw it.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(crate) struct Call {
+    pub(crate) ms: f64,
+    /// How long the threads of client and daemon waited for a CPU meanwhile.
+    pub(crate) waited_ms: f64,
+}
+
+impl Call {
+    /// Whether it took longer than it should.
+    pub(crate) fn is_slow(&self) -> bool {
+        self.ms > GOAL_MS
+    }
+}
+
 /// What one run found.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Sample {
-    pub(crate) attach_p50_ms: f64,
-    pub(crate) attach_max_ms: f64,
-    /// Attaches that took longer than the goal.
-    pub(crate) attach_over: usize,
-    pub(crate) detach_p50_ms: f64,
-    pub(crate) detach_max_ms: f64,
+    pub(crate) attaches: Vec<Call>,
+    pub(crate) detaches: Vec<Call>,
     pub(crate) kib_a_pod: f64,
     /// Share of one core that the daemon and its worker used, with nobody talking.
     pub(crate) silent_50_pods: f64,
@@ -107,16 +117,48 @@ impl Daemon {
         number.context("no VmRSS")?.parse().context("VmRSS")
     }
 
-    /// CPU time of all its threads, the worker's included.
-    fn cpu_time(&self) -> Result<Duration> {
+    fn threads(&self) -> Result<impl Iterator<Item = u32>> {
         let pid = self.child.id();
         let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).context("its threads")?;
-        let tids = tasks.filter_map(|t| t.ok()?.file_name().to_str()?.parse().ok());
+        Ok(tasks.filter_map(|t| t.ok()?.file_name().to_str()?.parse().ok()))
+    }
+
+    /// CPU time of all its threads, the worker's included.
+    fn cpu_time(&self) -> Result<Duration> {
         let mut sum = Duration::ZERO;
-        for tid in tids {
-            sum += process::cpu_time(pid, tid)?;
+        for tid in self.threads()? {
+            sum += process::cpu_time(self.child.id(), tid)?;
         }
         Ok(sum)
+    }
+
+    /// Times a call of its client, which is this thread.
+    fn timed<T>(&self, call: impl FnOnce() -> T) -> Result<(Call, T)> {
+        let pid = self.child.id();
+        // What the worker waits for delays no call.
+        let of_worker = |tid: &u32| {
+            let name = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/comm"));
+            name.is_ok_and(|name| name.starts_with("iou-sqp-"))
+        };
+        let threads: Vec<u32> = self.threads()?.filter(|tid| !of_worker(tid)).collect();
+        let waited = || -> Result<Duration> {
+            let own = process::turns(std::process::id(), nix::unistd::gettid().as_raw() as u32)?;
+            let mut sum = own.waited;
+            for tid in &threads {
+                sum += process::turns(pid, *tid)?.waited;
+            }
+            Ok(sum)
+        };
+        let millis = |time: Duration| time.as_secs_f64() * 1000.0;
+        let before = waited()?;
+        let begin = Instant::now();
+        let answer = call();
+        let took = begin.elapsed();
+        let call = Call {
+            ms: millis(took),
+            waited_ms: millis(waited()?.saturating_sub(before)),
+        };
+        Ok((call, answer))
     }
 }
 
@@ -145,32 +187,31 @@ fn path_of(netns: &Netns) -> String {
     format!("/proc/{}/fd/{fd}", std::process::id())
 }
 
-fn attach(client: &mut Client, pods: &[Pod]) -> Result<Vec<f64>> {
-    let mut times = Vec::new();
-    for pod in pods {
-        client.renew(LIMIT);
-        let begin = Instant::now();
-        match client.attach(&request(pod))? {
-            Attached::Pod(state) => {
-                times.push(begin.elapsed().as_secs_f64() * 1000.0);
-                ensure!(state.degraded.is_empty(), "{:?}", state.degraded);
-            }
+fn attach(daemon: &Daemon, client: &mut Client, pods: &[Pod]) -> Result<Vec<Call>> {
+    let one = |pod: &Pod| {
+        let (call, answer) = daemon.timed(|| {
+            client.renew(LIMIT);
+            client.attach(&request(pod))
+        })?;
+        match answer? {
+            Attached::Pod(state) => ensure!(state.degraded.is_empty(), "{:?}", state.degraded),
             other => bail!("a pod was not attached: {other:?}"),
         }
-    }
-    Ok(times)
+        Ok(call)
+    };
+    pods.iter().map(one).collect()
 }
 
-fn detach(client: &mut Client, pods: &[Pod]) -> Result<Vec<f64>> {
-    let mut times = Vec::new();
-    for pod in pods {
-        client.renew(LIMIT);
-        let begin = Instant::now();
-        let there = client.detach("bench", &format!("pod{}", pod.number), false)?;
-        times.push(begin.elapsed().as_secs_f64() * 1000.0);
-        ensure!(there, "pod {} was not attached", pod.number);
-    }
-    Ok(times)
+fn detach(daemon: &Daemon, client: &mut Client, pods: &[Pod]) -> Result<Vec<Call>> {
+    let one = |pod: &Pod| {
+        let (call, was_there) = daemon.timed(|| {
+            client.renew(LIMIT);
+            client.detach("bench", &format!("pod{}", pod.number), false)
+        })?;
+        ensure!(was_there?, "pod {} was not attached", pod.number);
+        Ok(call)
+    };
+    pods.iter().map(one).collect()
 }
 
 /// One packet of every pod after each silence: on stock veths and on polled ones, by turns, so that both see the same minutes.
@@ -219,9 +260,9 @@ fn on_cpu(sandbox: &Sandbox, worker: CpuId, seconds: f64) -> Result<Sample> {
     let mut client = daemon.client()?;
     let (first, rest) = pods.split_first().context("there are pods")?;
     // What is allocated once is not a pod's.
-    attach(&mut client, std::slice::from_ref(first))?;
+    attach(&daemon, &mut client, std::slice::from_ref(first))?;
     let before = daemon.resident_kib()?;
-    let attach_ms = attach(&mut client, rest)?;
+    let attaches = attach(&daemon, &mut client, rest)?;
     let kib_a_pod = (daemon.resident_kib()? - before) / f64::from(PODS - 1);
 
     let mut kbp_roads = roads(&node, &pods)?;
@@ -234,7 +275,7 @@ fn on_cpu(sandbox: &Sandbox, worker: CpuId, seconds: f64) -> Result<Sample> {
     let first = first_packets(&mut stock_roads, &mut kbp_roads)?;
 
     let (kept, gone) = pods.split_at(usize::from(SILENT));
-    let detach_ms = detach(&mut client, gone)?;
+    let detaches = detach(&daemon, &mut client, gone)?;
     std::thread::sleep(SILENCE);
     let (used, since) = (daemon.cpu_time()?, Instant::now());
     std::thread::sleep(2 * SILENCE);
@@ -251,13 +292,9 @@ fn on_cpu(sandbox: &Sandbox, worker: CpuId, seconds: f64) -> Result<Sample> {
     road.singles(seconds)?;
     drop(daemon);
     road.singles(seconds)?;
-    let largest = |times: &[f64]| times.iter().copied().fold(0.0, f64::max);
     Ok(Sample {
-        attach_p50_ms: median(attach_ms.iter().copied()).unwrap_or_default(),
-        attach_max_ms: largest(&attach_ms),
-        attach_over: attach_ms.iter().filter(|ms| **ms > GOAL_MS).count(),
-        detach_p50_ms: median(detach_ms.iter().copied()).unwrap_or_default(),
-        detach_max_ms: largest(&detach_ms),
+        attaches,
+        detaches,
         kib_a_pod,
         silent_50_pods,
         first,

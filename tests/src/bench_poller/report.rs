@@ -9,7 +9,7 @@ use kbp_tests::bench::{Machine, over};
 use serde_json::{Value, json};
 
 use crate::directions::{self, Ends};
-use crate::node;
+use crate::node::{self, Call};
 use crate::programs::{Arm, Sample, Situation, Workload};
 use crate::road;
 use crate::workers::{self, Kind};
@@ -213,12 +213,12 @@ fn workers(results: &Results) -> String {
         return String::new();
     }
     let mut text = "64-byte datagrams, pod → host, the sender on one CPU and the worker on another; latency in µs from send to receive, p50 / p99 / p99.9\n\n\
-        | worker | veths | latency | taken by the worker | sent a second | delivered a second | lost | CPUs |\n|---|---:|---:|---:|---:|---:|---:|---:|\n"
+        | worker | veths | latency | taken by the worker | sent a second | delivered a second | lost | CPUs | a round, µs |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|\n"
         .to_owned();
     for ((kind, veths), samples) in &results.workers {
         let _ = writeln!(
             text,
-            "| {} | {veths} | {} | {:.0} % | {:.0} | {:.0} | {:.0} | {:.2} |",
+            "| {} | {veths} | {} | {:.0} % | {:.0} | {:.0} | {:.0} | {:.2} | {} |",
             kind.name(),
             latency(samples, |s| s.latency),
             100.0 * over(samples, |s| s.taken),
@@ -226,6 +226,8 @@ fn workers(results: &Results) -> String {
             over(samples, |s| s.delivered_per_second),
             over(samples, |s| s.lost as f64),
             over(samples, |s| s.cpus),
+            median(samples.iter().filter_map(|s| s.round_us))
+                .map_or_else(|| "–".to_owned(), |round| format!("{round:.2}")),
         );
     }
     if let Some(each) = results.round_us_a_napi() {
@@ -300,6 +302,35 @@ fn ends(results: &Results) -> String {
     text
 }
 
+/// The times of calls, and of the slow ones how much of it was a wait for a CPU.
+fn calls(calls: impl Iterator<Item = Call>) -> String {
+    let mut calls: Vec<Call> = calls.collect();
+    calls.sort_by(|a, b| a.ms.total_cmp(&b.ms));
+    let at = |quantile: f64| {
+        let rank = (quantile * calls.len() as f64).ceil() as usize;
+        calls
+            .get(rank.saturating_sub(1))
+            .map_or(0.0, |call| call.ms)
+    };
+    let slow: Vec<String> = calls
+        .iter()
+        .filter(|call| call.is_slow())
+        .map(|call| format!("{:.1} ({:.1})", call.ms, call.waited_ms))
+        .collect();
+    format!(
+        "{:.2} / {:.2} / {:.2} ms; over the goal {} of {}{}",
+        at(0.5),
+        at(0.99),
+        at(1.0),
+        slow.len(),
+        calls.len(),
+        match slow.len() {
+            0 => String::new(),
+            _ => format!(", ms (of it waiting for a CPU): {}", slow.join(", ")),
+        }
+    )
+}
+
 fn daemon(results: &Results) -> String {
     let samples = &results.daemon[..];
     let Some([first_stock, first]) = results.first_packets() else {
@@ -309,21 +340,10 @@ fn daemon(results: &Results) -> String {
     let mut row = |what: &str, value: String| {
         let _ = writeln!(text, "| {what} | {value} |");
     };
-    let pair = |p50: fn(&node::Sample) -> f64, max: fn(&node::Sample) -> f64| {
-        format!("{:.2} / {:.2} ms", over(samples, p50), over(samples, max))
-    };
-    row(
-        "attach, p50 / max",
-        pair(|s| s.attach_p50_ms, |s| s.attach_max_ms),
-    );
-    row(
-        "attaches over 2 ms, of 99",
-        format!("{:.0}", over(samples, |s| s.attach_over as f64)),
-    );
-    row(
-        "detach, p50 / max",
-        pair(|s| s.detach_p50_ms, |s| s.detach_max_ms),
-    );
+    let attaches = samples.iter().flat_map(|s| s.attaches.iter().copied());
+    row("attach, all rounds, p50 / p99 / max", calls(attaches));
+    let detaches = samples.iter().flat_map(|s| s.detaches.iter().copied());
+    row("detach, all rounds, p50 / p99 / max", calls(detaches));
     row(
         "memory a pod",
         format!("{:.1} KiB", over(samples, |s| s.kib_a_pod)),

@@ -20,6 +20,9 @@ use crate::veths::{Node, Pod};
 /// Longer than any measurement.
 const LEASE: Duration = Duration::from_secs(60);
 
+/// For the rounds that are timed.
+const ROUND_LIMIT: Duration = Duration::from_millis(20);
+
 /// How many rules the nodes of [`super::What::Filters`] have.
 pub(crate) const RULES: [u16; 3] = [0, 30, 100];
 
@@ -127,6 +130,8 @@ pub(crate) struct Sample {
     pub(crate) lost: u64,
     /// What a program of the node reads that shares the worker's CPU, where it was tried.
     pub(crate) read_per_second: Option<f64>,
+    /// How long a ring takes to go over all its NAPIs once, with nothing to be done.
+    pub(crate) round_us: Option<f64>,
     /// CPUs that were busy on average during the flood.
     pub(crate) cpus: f64,
 }
@@ -157,22 +162,29 @@ pub(crate) fn measure(case: Case, place: Placement, seconds: f64) -> Result<Samp
     }
     let worker = worker(kind, &node, &pods, place.server)?;
     let pod = pods.first().context("at least one pod")?;
+    let ring = match &worker {
+        Worker::Ring(ring) => Some(&**ring),
+        _ => None,
+    };
     // A thread of its own, since its CPU stays with it.
-    std::thread::scope(|scope| {
+    let sample = std::thread::scope(|scope| {
         let measured = scope.spawn(|| -> Result<Sample> {
             process::set_affinity(0, &CpuSet::from_iter([place.client]))?;
+            let round = ring.and_then(|ring| ring.round_time(ROUND_LIMIT));
             let mut sample = traffic(&node, pod, place.server, seconds)?;
+            sample.round_us = round.map(|time| time.as_secs_f64() * 1e6);
             if rules.is_some() {
                 sample.read_per_second = Some(read(&node, pod, place.server, seconds)?);
             }
             Ok(sample)
         });
-        let sample = measured
+        measured
             .join()
-            .map_err(|_| anyhow::anyhow!("the sender panicked"))?;
-        drop(worker);
-        sample
-    })
+            .map_err(|_| anyhow::anyhow!("the sender panicked"))?
+    });
+    // It ends before the pods do.
+    drop(worker);
+    sample
 }
 
 fn worker(kind: Kind, node: &Node, pods: &[Pod], cpu: CpuId) -> Result<Worker> {
@@ -262,6 +274,7 @@ fn traffic(node: &Node, pod: &Pod, worker: CpuId, seconds: f64) -> Result<Sample
         delivered_per_second: delivered as f64 / elapsed,
         lost: sent.saturating_sub(delivered),
         read_per_second: None,
+        round_us: None,
         cpus,
     })
 }
