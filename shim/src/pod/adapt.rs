@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::sockets::{Look, Watch};
+use crate::sockets::Look;
 
 /// Looks in a row that have to show harm.
 const STRIKES: u32 = 2;
@@ -15,8 +15,11 @@ const FIRST_PAUSE: Duration = Duration::from_secs(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 /// How long a window has to do no harm until what was before is forgotten.
 const PROVEN: Duration = Duration::from_secs(60);
-/// How long a window stays away at least.
-const SETTLED: Duration = Duration::from_secs(1);
+/// How long a window stays away at least: this part of the pause. Else one that comes and goes with its requests would bring it back, and
+/// be in others' way for a moment, each time.
+const SETTLED: u32 = 10;
+/// How long after a turn, or a call, something may have changed.
+const LATELY: Duration = Duration::from_secs(2);
 /// Factor of the turns a second by which a container does something else.
 const CHANGED: f64 = 4.0;
 /// CPUs from which a container does anything.
@@ -46,8 +49,6 @@ pub(super) enum Verdict {
 /// A container's window over time.
 #[derive(Debug)]
 pub(super) struct Adaptive {
-    /// None before the first look.
-    pub(super) watch: Option<Watch>,
     strikes: u32,
     /// None while the window is there.
     away: Option<Away>,
@@ -59,6 +60,8 @@ pub(super) struct Adaptive {
 #[derive(Debug)]
 struct Away {
     until: Instant,
+    /// From when on the container may do something else.
+    settled: Instant,
     /// Turns a second that the container takes without the window.
     turns: Option<f64>,
 }
@@ -66,7 +69,6 @@ struct Away {
 impl Default for Adaptive {
     fn default() -> Self {
         Self {
-            watch: None,
             strikes: 0,
             away: None,
             since: None,
@@ -95,6 +97,7 @@ impl Adaptive {
                 let reason = format!("{harm}; tried again in {} s", self.pause.as_secs());
                 self.away = Some(Away {
                     until: now + self.pause,
+                    settled: now + self.pause / SETTLED,
                     turns: None,
                 });
                 self.pause = (2 * self.pause).min(LONGEST_PAUSE);
@@ -102,11 +105,8 @@ impl Adaptive {
                 Verdict::TakeAway(reason)
             }
             Some(away) => {
-                let settled = self
-                    .since
-                    .is_some_and(|since| now.saturating_duration_since(since) >= SETTLED);
                 let other = match away.turns {
-                    Some(turns) if settled && look.cpus >= BUSY => {
+                    Some(turns) if now >= away.settled && look.cpus >= BUSY => {
                         look.turns >= CHANGED * turns || CHANGED * look.turns <= turns
                     }
                     _ => false,
@@ -114,7 +114,8 @@ impl Adaptive {
                 if look.cpus >= BUSY {
                     away.turns.get_or_insert(look.turns);
                 }
-                if now < away.until && !other {
+                // One that does nothing needs none, and is looked at too rarely for a trial.
+                if !other && (now < away.until || look.turns == 0.0) {
                     return Verdict::Stay;
                 }
                 self.away = None;
@@ -139,8 +140,11 @@ impl Adaptive {
         let turned = self.since.map(|at| now.saturating_duration_since(at));
         match turned {
             Some(ago) if ago < TRIED && self.away.is_none() => Some(TRIAL),
-            Some(ago) if ago < 2 * SETTLED => Some(NEAR),
-            _ => (self.strikes > 0).then_some(NEAR),
+            Some(ago) if ago < LATELY => Some(NEAR),
+            _ if self.strikes > 0 => Some(NEAR),
+            // One that did harm lately may begin again.
+            Some(ago) if ago < PROVEN && self.away.is_none() => Some(FAR),
+            _ => None,
         }
     }
 }
@@ -171,7 +175,7 @@ impl Pace {
         cpus: f64,
         now: Instant,
     ) -> Duration {
-        let lately = |woken: Instant| now.saturating_duration_since(woken) < 2 * SETTLED;
+        let lately = |woken: Instant| now.saturating_duration_since(woken) < LATELY;
         let soon = self.woken.is_some_and(lately).then_some(NEAR);
         let wanted = containers.filter_map(|c| c.wants(now));
         if let Some(pause) = wanted.chain(soon).min() {

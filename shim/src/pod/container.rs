@@ -1,22 +1,19 @@
 //! A container's window while it runs: the one that is decided for it, and what keeps it from having that.
 //!
-//! There is one order. What fits its limits and its neighbours ([`decided`](Container::decided)) is none where a quota could be eaten.
-//! On CPUs of its own it may be wider ([`super::widen`]).
-//! While that window hurts, the whole container has none ([`super::adapt`]); and a process of which more threads would poll than it has
-//! CPUs has none ([`Pollers`]), whatever the others have. A process that has none is not asked whether its window hurts. Everything
-//! here is under the pod's lock, so that descriptors are looked through by one thread at a time.
+//! There is one order. The container's window follows its [`Course`]; and a process of which more threads would poll than it has CPUs
+//! has none ([`Pollers`]), whatever the others have. A process that has none is not asked whether its window hurts. Everything here is
+//! under the pod's lock, so that descriptors are looked through by one thread at a time.
 
 use std::time::{Duration, Instant};
 
 use kbp_kernel::Micros;
 use kbp_kernel::process::PidFd;
 use kbp_poller::state::Degraded;
-use kbp_poller::window::{LONG, Window};
+use kbp_poller::window::Window;
 
-use super::adapt::{Adaptive, Verdict};
+use super::course::{Course, Neighbours};
 use super::others::Others;
-use super::widen::{Widening, Width};
-use crate::sockets::{Look, Notifier, Pollers, Treatment, Watch};
+use crate::sockets::{Notifier, Pollers, Treatment, Watch};
 use crate::spec::CpuLimits;
 use crate::task::cgroup::Cgroup;
 
@@ -28,13 +25,10 @@ const PROCESSES: usize = 1024;
 pub(super) struct Container {
     pub(super) sandbox: bool,
     pub(super) limits: CpuLimits,
-    /// What fits its limits and its neighbours.
-    pub(super) decided: Window,
-    /// What it has: that, or none while it hurts.
-    pub(super) window: Window,
-    pub(super) adaptive: Adaptive,
+    pub(super) course: Course,
+    /// None before the first look at this window.
+    pub(super) watch: Option<Watch>,
     pub(super) others: Others,
-    pub(super) widening: Widening,
     pub(super) pollers: Pollers,
     /// Its first process; None before there is one.
     pub(super) process: Option<(u32, PidFd)>,
@@ -55,16 +49,21 @@ pub(super) struct Looked {
 }
 
 impl Container {
-    /// Another window fits it now.
-    pub(super) fn decide(&mut self, id: &str, window: Window, notifier: Option<&Notifier>) {
-        if window == self.decided {
-            return;
+    /// Another window fits it now; whether that is news. `afresh`: its own limits have changed.
+    pub(super) fn decide(
+        &mut self,
+        id: &str,
+        window: Window,
+        afresh: bool,
+        notifier: Option<&Notifier>,
+    ) -> bool {
+        let from = self.course.window().micros;
+        let news = self.course.decide(window, afresh);
+        if news {
+            self.watch = None;
+            self.give(id, from, notifier);
         }
-        self.decided = window.clone();
-        // What was learned about the old one says nothing of this one.
-        self.adaptive = Adaptive::default();
-        self.widening = Widening::default();
-        self.give(id, window, notifier);
+        news
     }
 
     /// Looks whether its window hurts or should be wider, and gives it another one or none; None: it has none to look after.
@@ -77,94 +76,60 @@ impl Container {
         now: Instant,
     ) -> Option<Looked> {
         let treatment = self.treatment?;
-        self.decided.micros?;
+        self.course.decided().micros?;
         // First, so that a process that is in its own way is not taken for one that is in others'.
-        let soon = self.adaptive.suspects();
-        let changed = notifier.count_pollers(&mut self.pollers, treatment, soon);
+        let soon = self.course.adaptive().suspects();
+        let mut changed = notifier.count_pollers(&mut self.pollers, treatment, soon);
         let Listed { processes, own, .. } = self.processes();
-        let Some(watch) = &mut self.adaptive.watch else {
-            self.adaptive.watch = Some(Watch::new(&processes));
+        let Some(watch) = &mut self.watch else {
+            self.watch = Some(Watch::new(&processes));
             return Some(Looked {
                 cpus: 0.0,
                 slept: 0.0,
                 changed,
             });
         };
+        let from = self.course.window().micros;
         let polls = |pid| !self.pollers.is_crowded(pid);
-        let look = watch.look(&processes, self.window.micros, polls);
-        let (cpus, slept) = (look.cpus, look.slept);
-        let window = match self.adaptive.judge(&look, now) {
-            Verdict::Stay => match self.widen(&look, own, widest, now) {
-                Some(window) => window,
-                None => {
-                    return Some(Looked {
-                        cpus,
-                        slept,
-                        changed,
-                    });
-                }
-            },
-            Verdict::GiveBack => self.decided.clone(),
-            Verdict::TakeAway(reason) => {
-                self.widening = Widening::default();
-                Window {
-                    micros: None,
-                    reason: format!("auto: off for now, since {reason}"),
-                }
+        let look = watch.look(&processes, from, polls);
+        let neighbours = self.neighbours(own);
+        if self.course.step(&look, neighbours, widest, now) {
+            let wide = self.course.window().micros;
+            if !self.give(id, from, Some(notifier)) && self.course.falls_short(now) {
+                self.give(id, wide, Some(notifier));
             }
-        };
-        let whole = self.give(id, window, Some(notifier));
-        // What has kept the wide one would have it for ever.
-        if !whole && self.widening.gives_up(now) {
-            self.give(id, self.decided.clone(), Some(notifier));
+            changed = true;
         }
-        let changed = true;
         Some(Looked {
-            cpus,
-            slept,
+            cpus: look.cpus,
+            slept: look.slept,
             changed,
         })
     }
 
-    /// Another window where it has CPUs of its own; None: it keeps what it has.
-    fn widen(
-        &mut self,
-        look: &Look,
-        own: Option<Duration>,
-        widest: Option<Micros>,
-        now: Instant,
-    ) -> Option<Window> {
-        if self.window.micros.is_none() || self.decided.micros != Some(LONG) {
+    /// Who else runs on its CPUs, where that matters and is known.
+    fn neighbours(&mut self, own: Option<Duration>) -> Option<Neighbours> {
+        if !self.course.may_widen() {
             return None;
         }
-        let (cpus, own) = (self.limits.cpuset()?, own?);
-        let others = self.others.look(&cpus, own)?;
-        let width = self.widening.judge(look, others, cpus.len(), widest, now)?;
-        let decided = &self.decided;
-        Some(match width {
-            Width::Plain => decided.clone(),
-            Width::Wide(why) => Window {
-                micros: widest,
-                reason: format!("{}, and {why}", decided.reason),
-            },
-        })
+        let cpus = self.limits.cpuset()?;
+        let share = self.others.look(&cpus, own?)?;
+        let cpus = cpus.len();
+        Some(Neighbours { share, cpus })
     }
 
-    /// Gives it a window: what it makes from now on, and what it has already; false when there was no time for all of that.
-    fn give(&mut self, id: &str, window: Window, notifier: Option<&Notifier>) -> bool {
-        let from = self.window.micros;
-        self.window = window;
-        tracing::info!(
-            "container {id}: busy-poll window now {}",
-            described(&self.window)
-        );
+    /// Gives it its window: what it makes from now on, and what it has already, with the window `from`; false when there was no time
+    /// for all of that.
+    fn give(&mut self, id: &str, from: Option<Micros>, notifier: Option<&Notifier>) -> bool {
+        let window = self.course.window();
+        tracing::info!("container {id}: busy-poll window now {}", described(window));
         let (Some(treatment), Some(notifier)) = (&mut self.treatment, notifier) else {
             return true;
         };
-        treatment.window = self.window.micros;
+        treatment.window = window.micros;
         notifier.admit(id, *treatment);
         let treatment = *treatment;
-        if from == self.window.micros {
+        if from == treatment.window {
             return true;
         }
         let Listed {
@@ -193,7 +158,8 @@ impl Container {
     /// What it has, for a person: its processes too.
     pub(super) fn shown(&self) -> Window {
         let crowded = self.pollers.reason();
-        shown(&self.window, crowded, self.pollers.are_all_crowded())
+        let all = self.pollers.are_all_crowded();
+        shown(self.course.window(), crowded, all)
     }
 
     /// Its processes; the first one, and those that have made something that polls, where it shares the shim's own cgroup.

@@ -53,7 +53,7 @@ pub(super) struct Founded {
 
 impl Inner {
     /// Decides the windows anew where they depend on who else is there: of containers with a cpuset, which another pod may have
-    /// come to share or left. It is called when calls were answered and while the pod does anything; whether it was time.
+    /// come to share or left. It is called when calls were answered and while the pod does anything; whether any has changed.
     pub(super) fn follow(&mut self, context: &Context) -> bool {
         let (Some(founded), Some(notifier)) = (&self.founded, &self.notifier) else {
             return false;
@@ -64,15 +64,21 @@ impl Inner {
         {
             return false;
         }
-        self.followed = Some(Instant::now());
+        let now = Instant::now();
+        self.followed = Some(now);
+        let mut changed = false;
         for (id, container) in &mut self.containers {
             if container.treatment.is_none() || container.limits.cpus.is_none() {
                 continue;
             }
             let window = treat::window(&founded.asked, &container.limits, context);
-            container.decide(id, window, Some(notifier));
+            changed |= container.decide(id, window, false, Some(notifier));
         }
-        true
+        if changed {
+            // What a new window does is looked at soon.
+            self.pace.wake(now);
+        }
+        changed
     }
 
     /// Looks whether windows hurt; after how long to look again, None: when something happens.
@@ -102,8 +108,8 @@ impl Inner {
             self.tell_sockets();
         }
         self.lead(cpus, slept, now);
-        let tried = self.containers.values().any(|c| c.widening.is_unsettled());
-        let adaptive = self.containers.values().map(|c| &c.adaptive);
+        let tried = self.containers.values().any(|c| c.course.tries());
+        let adaptive = self.containers.values().map(|c| c.course.adaptive());
         any.then(|| match self.pace.next(adaptive, cpus, now) {
             pause if tried => pause.min(NEAR),
             pause => pause,

@@ -16,15 +16,14 @@ use kbp_poller::state::{Degraded, Part};
 use kbp_poller::window::Window;
 use tokio::sync::mpsc;
 
-use super::adapt::Adaptive;
 use super::asked::{Asked, oci_runtime};
 use super::container::{Container, described};
+use super::course::Course;
 use super::inner::{Founded, Inner, OWN_NETWORK, of_container};
 use super::oci_runtime::OciRuntime;
 use super::others::Others;
 use super::report::{Bare, Report};
 use super::treat::{self, HOST_NETWORK, Means, Support};
-use super::widen::Widening;
 use super::{Context, Refusal};
 use crate::sockets::{Event, Notifier, Pollers};
 use crate::spec::{CpuLimits, Network, Spec};
@@ -136,17 +135,9 @@ impl Pod {
         }
         let mut container = Container {
             sandbox,
-            decided: Window {
-                micros: None,
-                reason: HOST_NETWORK.to_owned(),
-            },
-            window: Window {
-                micros: None,
-                reason: HOST_NETWORK.to_owned(),
-            },
-            adaptive: Adaptive::default(),
+            course: no_window(HOST_NETWORK),
+            watch: None,
             others: Others::default(),
-            widening: Widening::default(),
             pollers: Pollers::default(),
             process: None,
             limits,
@@ -156,14 +147,14 @@ impl Pod {
         };
         let mut edited = None;
         if !request.checkpoint.is_empty() {
-            container.window.reason = RESTORED.to_owned();
+            container.course = no_window(RESTORED);
             container.degraded = treat::no_sockets(RESTORED);
             if required {
                 return Err(required_missing(Part::SocketBusyPoll, RESTORED));
             }
         } else if !host_network {
-            container.decided = treat::window(&founded.asked, &container.limits, &self.context);
-            container.window = container.decided.clone();
+            let window = treat::window(&founded.asked, &container.limits, &self.context);
+            container.course = Course::new(window);
             edited = self.install(inner, &mut spec, &mut container, request);
             if !is_first && spec.network() == Network::New {
                 container.degraded.push(Degraded {
@@ -192,7 +183,7 @@ impl Pod {
         request: &api::CreateTaskRequest,
     ) -> Option<Spec> {
         let founded = inner.founded.as_mut()?;
-        container.window.micros?;
+        container.course.window().micros?;
         let config = &founded.asked.config;
         let support = founded
             .support
@@ -220,7 +211,7 @@ impl Pod {
             runtime,
             notifier: notifier.clone(),
         };
-        let treated = treat::install(spec, &founded.asked, &container.window, &means);
+        let treated = treat::install(spec, &founded.asked, container.course.window(), &means);
         container.degraded = treated.degraded;
         if let Err(error) = node_wide {
             container.degraded.push(Degraded {
@@ -266,7 +257,7 @@ impl Pod {
         }
         tracing::info!(
             "container {id}: busy-poll window {}",
-            described(&container.window)
+            described(container.course.window())
         );
         let host_network = container.host_network;
         inner.containers.insert(id.to_owned(), container);
@@ -365,7 +356,7 @@ impl Pod {
                 .reason
                 .push_str(", but the container was created without a listener");
         }
-        container.decide(id, window, inner.notifier.as_ref());
+        container.decide(id, window, true, inner.notifier.as_ref());
         inner.tell_sockets();
         // While no container has a window nobody looks. Nobody listens any more when the shim ends.
         drop(self.events.send(Event::Active));
@@ -430,12 +421,11 @@ impl Pod {
         if by_event {
             inner.pace.wake(now);
         }
-        let pause = inner.adapt(now);
         // Other pods come and go without any call of this one.
-        if pause.is_some() && inner.pace.is_awake() && inner.follow(&self.context) {
+        if inner.pace.is_awake() && inner.follow(&self.context) {
             inner.tell_sockets();
         }
-        pause
+        inner.adapt(now)
     }
 
     /// Brings the counters of the state file up to date.
@@ -454,6 +444,14 @@ pub(super) fn restore(edited: Option<&Spec>) {
         // Of a container that was refused, the bundle goes next.
         tracing::debug!("{error}");
     }
+}
+
+/// Of a container that gets no window, for this reason.
+fn no_window(reason: &str) -> Course {
+    Course::new(Window {
+        micros: None,
+        reason: reason.to_owned(),
+    })
 }
 
 fn required_missing(part: Part, reason: &str) -> Refusal {

@@ -13,6 +13,7 @@ mod adapt;
 mod asked;
 mod cleanup;
 mod container;
+mod course;
 mod decorator;
 mod features;
 mod inner;

@@ -11,6 +11,9 @@ use kbp_kernel::cpu_time::CpuTimes;
 /// The kernel tells how long a CPU was idle in steps of 10 ms, and what comes and goes within a second is nobody's neighbour.
 const SHORTEST: Duration = Duration::from_secs(1);
 
+/// What was counted longer ago than this says nothing of who is there now.
+const LONGEST: Duration = Duration::from_secs(10);
+
 /// What was counted at one look.
 #[derive(Debug, Clone)]
 struct Point {
@@ -46,8 +49,9 @@ impl Others {
             idle: idle.sum(),
             own,
         };
+        let old = |point: &Point| now.at.saturating_duration_since(point.at) > LONGEST;
         self.share = match &self.last {
-            Some(last) if self.cpus == *cpus => {
+            Some(last) if self.cpus == *cpus && !old(last) => {
                 let share = share(last, &now, cpus.len());
                 Some(self.share.map_or(share, |before| (before + share) / 2.0))
             }

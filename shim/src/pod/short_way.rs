@@ -250,6 +250,48 @@ mod tests {
         assert!(taken(&mut way, now + FIRST_PAUSE));
     }
 
+    /// Whatever was before, it is taken where nobody waits for packets, left when none come, and does not go to and fro.
+    #[test]
+    fn whatever_comes_it_settles() {
+        for seed in 1..200u64 {
+            let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            let mut next = || {
+                random ^= random << 13;
+                random ^= random >> 7;
+                random ^= random << 17;
+                random >> 32
+            };
+            let (mut way, mut now, mut turns) = (ShortWay::default(), Instant::now(), 0);
+            let mut look = |way: &mut ShortWay, seen: &Seen| {
+                now += Duration::from_millis(500);
+                way.judge(seen, now) != Turn::Stay
+            };
+            // Ten minutes.
+            for _ in 0..1200 {
+                let packets = [0.0, 9_000.0, 15_000.0, 100_000.0][next() as usize % 4];
+                let slept = [0.01, 0.01, 0.01, 0.5][next() as usize % 4];
+                let polled = [0.0, 0.0, 0.5][next() as usize % 3];
+                let seen = Seen {
+                    packets,
+                    polled,
+                    slept,
+                };
+                turns += u32::from(look(&mut way, &seen));
+            }
+            assert!(turns <= 20, "{seed}: {turns} turns");
+            let settles = (0..602).filter(|_| look(&mut way, &CROWD)).count();
+            assert!(way.is_taken() && settles <= 1, "{seed}: {settles}");
+            let stays = (0..1000).filter(|_| look(&mut way, &CROWD)).count();
+            assert_eq!(stays, 0, "{seed}");
+            let nothing = Seen {
+                packets: 0.0,
+                ..CROWD
+            };
+            let left = (0..10).filter(|_| look(&mut way, &nothing)).count();
+            assert!(!way.is_taken() && left == 1, "{seed}: {left}");
+        }
+    }
+
     #[test]
     fn what_is_gone_or_has_just_been_counted_tells_nothing() {
         let mut way = ShortWay::default();

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use kbp_kernel::Micros;
 
+use super::course::Neighbours;
 use crate::sockets::{BUSY, Look, SLEEPS, Step};
 
 /// CPUs that others are on from which they are neighbours.
@@ -83,12 +84,14 @@ impl Default for Widening {
 }
 
 impl Widening {
-    /// Judges by what was seen of a container on so many CPUs, of which others are on `others`; None: nothing new.
+    /// Judges by what was seen of a container and of others on its CPUs; None: nothing new.
     pub(super) fn judge(
         &mut self,
         look: &Look,
-        others: f64,
-        cpus: usize,
+        Neighbours {
+            share: others,
+            cpus,
+        }: Neighbours,
         widest: Option<Micros>,
         now: Instant,
     ) -> Option<Width> {
@@ -248,7 +251,11 @@ mod tests {
         others: f64,
         now: Instant,
     ) -> Option<Width> {
-        widening.judge(&look(steps), others, 1, Some(WIDEST), now)
+        let neighbours = Neighbours {
+            share: others,
+            cpus: 1,
+        };
+        widening.judge(&look(steps), neighbours, Some(WIDEST), now)
     }
 
     fn is_wide(width: Option<&Width>) -> bool {
@@ -379,7 +386,11 @@ mod tests {
         let mut widening = Widening::default();
         let served = look(&[(SERVER, step(0.12, 950.0))]);
         for _ in 0..5 {
-            assert_eq!(widening.judge(&served, 0.0, 1, None, now), None);
+            let alone = Neighbours {
+                share: 0.0,
+                cpus: 1,
+            };
+            assert_eq!(widening.judge(&served, alone, None, now), None);
         }
     }
 }

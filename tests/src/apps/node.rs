@@ -84,7 +84,7 @@ impl<'s> AppNode<'s> {
                 .map(drop)
                 .context(|| format!("copy {}", from.display()))
         };
-        for name in ["app-load", "tokio-echo", "udp-echo", "udp-rr"] {
+        for name in ["app-load", "ticks", "tokio-echo", "udp-echo", "udp-rr"] {
             copy(&kbp_binary(name)?, name)?;
         }
         copy(&fixtures::echo()?, "echo")?;

@@ -3,6 +3,7 @@
 pub mod clients;
 pub mod cpu;
 pub mod interrupt;
+pub mod interval;
 pub mod machine;
 pub mod trial;
 
@@ -15,6 +16,7 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
 pub use interrupt::Interrupt;
+pub use interval::Interval;
 pub use machine::Machine;
 
 use crate::Sandbox;

@@ -4,10 +4,11 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::Result;
-use kbp_tests::bench::write_json;
+use kbp_tests::bench::{Interval, write_json};
 
 use serde::Serialize;
 
+use crate::beside::Row;
 use crate::record::{Record, Records, Situation, median};
 
 /// The arms that are compared.
@@ -15,19 +16,24 @@ pub(crate) const ARMS: [&str; 2] = [crate::STOCK, "auto"];
 /// Seconds before a measurement: some more than it takes until windows that hurt are taken away.
 pub(crate) const WARM: f64 = 2.0;
 /// Pause of requests that never stop coming, in µs.
-const STEADY: u32 = 200;
+pub(crate) const STEADY: u32 = 200;
 /// Pause of requests after which everybody sleeps, in µs.
 const RARE: u32 = 1000;
 
-/// The situations with their pauses.
-pub(crate) fn plan() -> Vec<(Situation, Vec<u32>)> {
-    vec![
+/// Pauses of those that disturb a stock pair, in µs.
+pub(crate) const DISTURBERS: [u32; 2] = [0, RARE];
+
+/// The situations with their pauses, but for the neighbours, which are measured by turns.
+pub(crate) fn plan(asked: &[Situation]) -> Vec<(Situation, Vec<u32>)> {
+    let mut plan = vec![
         (Situation::OneCpu, vec![0]),
         (Situation::Quota, vec![STEADY]),
-        (Situation::Neighbour, vec![0, RARE]),
         (Situation::Shared, vec![RARE]),
+        (Situation::Pinned, vec![RARE]),
         (Situation::Own, vec![RARE]),
-    ]
+    ];
+    plan.retain(|(situation, _)| asked.contains(situation));
+    plan
 }
 
 /// One promise and what became of it.
@@ -37,13 +43,15 @@ pub(crate) struct Promise {
     unit: &'static str,
     stock: f64,
     kbp: f64,
+    /// Where it was measured by turns: kbp's to stock's turn beside it.
+    ratio: Option<Interval>,
     /// How many times stock's figure kbp's may be.
     limit: f64,
     kept: bool,
 }
 
 /// Judges by the medians over the rounds what was measured of the promises.
-pub(crate) fn judge(records: &Records) -> Vec<Promise> {
+pub(crate) fn judge(records: &Records, beside: &[Row]) -> Vec<Promise> {
     let groups = records.groups();
     let figure = |situation, gap, arm: &str, of: fn(&Record) -> f64| {
         let (_, rounds) = groups
@@ -59,12 +67,27 @@ pub(crate) fn judge(records: &Records) -> Vec<Promise> {
             unit,
             stock,
             kbp,
+            ratio: None,
             limit,
             kept: kbp <= limit * stock,
         })
     };
     let p50 = |r: &Record| r.p50_us;
-    let p99 = |r: &Record| r.p99_us;
+    let neighbour = |what, gap| {
+        let of = |arm: &str| beside.iter().find(|r| r.gap_us == gap && r.arm == arm);
+        let [stock, kbp] = ARMS.map(of);
+        let (stock, kbp) = (stock?, kbp?);
+        let ratio = kbp.p99_ratio?;
+        Some(Promise {
+            what,
+            unit: "µs",
+            stock: stock.p99_us,
+            kbp: kbp.p99_us,
+            ratio: Some(ratio),
+            limit: 1.2,
+            kept: ratio.median <= 1.2,
+        })
+    };
     [
         judge(
             "p50, both pods on one CPU",
@@ -82,27 +105,24 @@ pub(crate) fn judge(records: &Records) -> Vec<Promise> {
             STEADY,
             |r| r.throttled_periods as f64,
         ),
-        judge(
-            "p99 of a stock pair beside a busy pair",
-            "µs",
-            1.2,
-            Situation::Neighbour,
-            0,
-            p99,
-        ),
-        judge(
+        neighbour("p99 of a stock pair beside a busy pair", 0),
+        neighbour(
             "p99 of a stock pair beside a pair with a request every ms",
-            "µs",
-            1.2,
-            Situation::Neighbour,
             RARE,
-            p99,
         ),
         judge(
             "p50, a request every ms, shared CPUs",
             "µs",
             0.4,
             Situation::Shared,
+            RARE,
+            p50,
+        ),
+        judge(
+            "p50, a request every ms, shared CPUs, each program bound to one",
+            "µs",
+            0.4,
+            Situation::Pinned,
             RARE,
             p50,
         ),
@@ -126,10 +146,10 @@ pub(crate) fn table(promises: &[Promise]) -> String {
         "| promise | stock | kbp | ratio | limit | |\n|---|---:|---:|---:|---:|---|\n",
     );
     for p in promises {
-        let ratio = if p.stock > 0.0 {
-            format!("{:.2}", p.kbp / p.stock)
-        } else {
-            "–".to_owned()
+        let ratio = match p.ratio {
+            Some(ratio) => ratio.to_string(),
+            None if p.stock > 0.0 => format!("{:.2}", p.kbp / p.stock),
+            None => "–".to_owned(),
         };
         // Writing to a String cannot fail.
         let _ = writeln!(
@@ -178,6 +198,7 @@ mod tests {
             lost: 0,
             throttled_periods: throttled,
             cpu_seconds: 0.0,
+            late_us: [None; 2],
         }
     }
 
@@ -194,7 +215,7 @@ mod tests {
         ] {
             records.add(record).expect("add");
         }
-        let promises = judge(&records);
+        let promises = judge(&records, &[]);
         let kept: Vec<(&str, bool)> = promises.iter().map(|p| (p.what, p.kept)).collect();
         assert_eq!(
             kept,

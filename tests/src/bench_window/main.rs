@@ -1,10 +1,12 @@
 //! `kbp-bench-window`: what a busy-poll window is worth, and whom it hurts, over the pauses between requests.
 //!
 //! A UDP echo server on epoll and a blocking client, each in a pod, with pauses from 0 to 10 ms, in five situations: CPUs of their own,
-//! shared CPUs, one CPU for both, a server under a CPU quota, and a stock pair whose CPUs such a pair uses as well. The arms are the
+//! shared CPUs (also with each program bound to one of them), one CPU for both, a server under a CPU quota, and a stock pair whose CPUs
+//! such a pair uses as well. The arms are the
 //! stock runtime and kbp with each window. Every measurement is kept in `raw.jsonl` at once, and what is there is not measured again: a
 //! run that was broken off goes on where it was.
 
+mod beside;
 mod harm;
 mod plot;
 mod record;
@@ -53,30 +55,46 @@ struct Options {
     /// Whether pauses are as long on average only, with exponential spread.
     #[arg(long)]
     jitter: bool,
-    /// Arms: stock, and values of kbp.io/busy-poll.
+    /// Arms: stock, and values of kbp.io/busy-poll; CLIENT/SERVER where they differ.
     #[arg(
         long,
         value_delimiter = ',',
         default_value = "stock,off,10,20,50,100,200,auto"
     )]
     windows: Vec<String>,
+    /// Threads in the server's container that wait for timers of 1, 2, 3 ms and so on; how late they are is in the records.
+    #[arg(long, default_value_t = 0)]
+    timers: u32,
     /// Values of kbp.io/worker.
     #[arg(long, value_delimiter = ',', default_value = "none")]
     workers: Vec<String>,
     /// Other annotations of the kbp pods, KEY=VALUE.
     #[arg(long, value_parser = annotation)]
     annotation: Vec<(String, String)>,
-    /// Situations: own, shared, one-cpu, quota, neighbour.
+    /// Situations: own, shared, pinned, one-cpu, quota, neighbour.
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "own,shared,one-cpu,quota,neighbour"
+        default_value = "own,shared,pinned,one-cpu,quota,neighbour"
     )]
     situations: Vec<Situation>,
     /// Only what shows that nobody is harmed: stock against auto, with a table of what is promised and `harm.json`. The options for
     /// pauses, windows and situations do not count then.
     #[arg(long)]
     harm: bool,
+    /// Only what pairs with each window do to a stock pair, by turns, with a table of ratios and `beside.json`; rounds and situations do
+    /// not count then.
+    #[arg(long, conflicts_with = "harm")]
+    beside: bool,
+    /// With --beside and --harm: turns of each arm beside a stock pair.
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    sweeps: u32,
+    /// With --beside: pauses of the stock pair, in µs.
+    #[arg(long, value_delimiter = ',', default_value = "200")]
+    measured_gaps: Vec<u32>,
+    /// With --beside: where the others are: neighbour (a cpuset each, those of the stock pair), pinned, shared.
+    #[arg(long, default_value = "neighbour")]
+    shape: Situation,
     /// Directory for raw.jsonl, result.json and the curves.
     #[arg(long, default_value = "target/bench-window")]
     out: PathBuf,
@@ -89,7 +107,7 @@ fn annotation(text: &str) -> Result<(String, String), String> {
 
 fn main() -> ExitCode {
     let mut options = Options::parse();
-    if options.harm && options.warm == 0.0 {
+    if (options.harm || options.beside) && options.warm == 0.0 {
         options.warm = harm::WARM;
     }
     in_sandbox("kbp-bench-window", |sandbox, _| run(&options, sandbox))
@@ -106,8 +124,18 @@ fn run(options: &Options, sandbox: &Sandbox) -> Result<ExitCode> {
         node: &node,
         cpus: [place.client, place.server],
     };
+    if options.beside {
+        let (gaps, measured) = (&options.gaps, &options.measured_gaps);
+        let rows = bench.beside(sandbox, &options.windows, gaps, measured)?;
+        println!("{}", beside::table(&rows));
+        beside::write(&options.out, &rows)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let (plan, arms) = match options.harm {
-        true => (harm::plan(), harm::ARMS.map(str::to_owned).to_vec()),
+        true => (
+            harm::plan(&options.situations),
+            harm::ARMS.map(str::to_owned).to_vec(),
+        ),
         false => {
             let gaps = |s: &Situation| (*s, s.gaps(&options.gaps));
             let plan = options.situations.iter().map(gaps).collect();
@@ -131,12 +159,19 @@ fn run(options: &Options, sandbox: &Sandbox) -> Result<ExitCode> {
             }
         }
     }
+    let mut beside = Vec::new();
+    if options.harm && options.situations.contains(&Situation::Neighbour) {
+        let arms = harm::ARMS.map(str::to_owned);
+        beside = bench.beside(sandbox, &arms, &harm::DISTURBERS, &[harm::STEADY])?;
+        println!("{}", beside::table(&beside));
+        beside::write(&options.out, &beside)?;
+    }
     let tables = report::tables(&records);
     println!("{tables}");
     report::write_results(&options.out, &records)?;
     plot::write(&options.out, &records)?;
     if options.harm {
-        let promises = harm::judge(&records);
+        let promises = harm::judge(&records, &beside);
         println!("{}", harm::table(&promises));
         harm::write(&options.out, &promises)?;
     }
@@ -161,6 +196,8 @@ struct Bench<'a, 's> {
 struct Pair<'n, 's> {
     server: AppPod<'n, 's>,
     client: AppPod<'n, 's>,
+    /// What the load's command begins with.
+    bound: String,
 }
 
 impl<'s> Bench<'_, 's> {
@@ -198,7 +235,7 @@ impl<'s> Bench<'_, 's> {
         };
         for gap in &wanting {
             let record = match &measured {
-                None => pair.measure(key(*gap), &pause(*gap, spread), self.seconds())?,
+                None => self.alone(&pair, key(*gap), &pause(*gap, spread))?,
                 Some(stock) => {
                     let [seconds, warm] = self.seconds();
                     let longer = [seconds + 1.0, warm];
@@ -228,6 +265,24 @@ impl<'s> Bench<'_, 's> {
         Ok(())
     }
 
+    /// Measures a pair, beside threads that wait for timers where they are asked for.
+    fn alone(&self, pair: &Pair<'_, '_>, key: Key, pause: &str) -> Result<Record> {
+        let [seconds, warm] = self.seconds();
+        let name = format!("ticks-{}", key.gap_us);
+        let command = format!("/kbp/ticks {} {}", self.options.timers, seconds + warm);
+        let command: Vec<String> = command.split_whitespace().map(str::to_owned).collect();
+        let ticks = (self.options.timers > 0).then(|| pair.server.exec_start(&name, &command));
+        let mut record = pair.measure(key, pause, [seconds, warm])?;
+        if let Some(ticks) = ticks {
+            let limit = Duration::from_secs_f64(seconds + warm + 20.0);
+            let output = ticks?.wait(limit).context("end of the timers")?.success()?;
+            let value: Value = serde_json::from_str(output.stdout.trim())
+                .with_context(|| format!("read what ticks printed: {output}"))?;
+            record.late_us = ["p50_us", "p99_us"].map(|name| value[name].as_f64());
+        }
+        Ok(record)
+    }
+
     /// Those that count, and those before.
     fn seconds(&self) -> [f64; 2] {
         [self.options.seconds, self.options.warm]
@@ -249,7 +304,7 @@ impl<'s> Bench<'_, 's> {
         let shape = |id: &str, command: &[&str], cpu: CpuId| {
             let mut guest = Guest::new(&format!("{prefix}{id}"), command.iter().copied());
             guest.cpus = match situation {
-                Situation::Shared => None,
+                Situation::Shared | Situation::Pinned => None,
                 Situation::OneCpu => Some(client_cpu.to_string()),
                 _ => Some(cpu.to_string()),
             };
@@ -257,8 +312,10 @@ impl<'s> Bench<'_, 's> {
                 guest.quota = Some(0.5);
             }
             if runtime == Runtime::Kbp {
+                let (of_client, of_server) = window.split_once('/').unwrap_or((window, window));
+                let own = if id == "server" { of_server } else { of_client };
                 guest = guest
-                    .annotation("kbp.io/busy-poll", window)
+                    .annotation("kbp.io/busy-poll", own)
                     .annotation("kbp.io/worker", worker);
                 for (key, value) in &self.options.annotation {
                     guest = guest.annotation(key, value);
@@ -266,12 +323,22 @@ impl<'s> Bench<'_, 's> {
             }
             guest
         };
-        let server = shape("server", &["/kbp/udp-echo", "0.0.0.0:7"], server_cpu);
+        let bound = |cpu: CpuId| match situation {
+            Situation::Pinned => format!("taskset --cpu-list {cpu} "),
+            _ => String::new(),
+        };
+        let echo = format!("{}/kbp/udp-echo 0.0.0.0:{PORT}", bound(server_cpu));
+        let echo: Vec<&str> = echo.split_whitespace().collect();
+        let server = shape("server", &echo, server_cpu);
         let server = self.node.pod(runtime, &server, |_| Ok(()))?;
         server.wait_for_port(PORT)?;
         let client = shape("client", &["sleep", "infinity"], client_cpu);
         let client = self.node.pod(runtime, &client, |_| Ok(()))?;
-        Ok(Pair { server, client })
+        Ok(Pair {
+            server,
+            client,
+            bound: bound(client_cpu),
+        })
     }
 }
 
@@ -284,7 +351,8 @@ fn pause(gap: u32, spread: bool) -> String {
 impl Pair<'_, '_> {
     fn load(&self, gap: &str, [seconds, warm]: [f64; 2]) -> Vec<String> {
         let text = format!(
-            "/kbp/udp-rr {}:{PORT} {seconds} 64 {gap} {warm}",
+            "{}/kbp/udp-rr {}:{PORT} {seconds} 64 {gap} {warm}",
+            self.bound,
             self.server.address()
         );
         text.split_whitespace().map(str::to_owned).collect()
@@ -312,6 +380,7 @@ impl Pair<'_, '_> {
             lost: number("lost")? as u64,
             throttled_periods: record::throttled(server).saturating_sub(throttled),
             cpu_seconds,
+            late_us: [None; 2],
         })
     }
 }

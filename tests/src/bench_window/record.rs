@@ -19,6 +19,8 @@ pub(crate) enum Situation {
     Own,
     /// No cpusets: the scheduler decides.
     Shared,
+    /// No cpusets, but each program has bound itself to a CPU of its own.
+    Pinned,
     /// Both on one CPU.
     OneCpu,
     /// A CPU each; the server has a quota of half of it.
@@ -33,6 +35,7 @@ impl Situation {
         match self {
             Self::Own => "own",
             Self::Shared => "shared",
+            Self::Pinned => "pinned",
             Self::OneCpu => "one-cpu",
             Self::Quota => "quota",
             Self::Neighbour => "neighbour",
@@ -44,6 +47,7 @@ impl Situation {
         match self {
             Self::Own => "a CPU each",
             Self::Shared => "shared CPUs, no cpusets",
+            Self::Pinned => "shared CPUs, each program bound to one of them",
             Self::OneCpu => "both on one CPU",
             Self::Quota => "a CPU each, server under a quota of 0.5",
             Self::Neighbour => "a stock pair, a request every 200 µs, beside a pair of the arm",
@@ -91,6 +95,9 @@ pub(crate) struct Record {
     pub(crate) throttled_periods: u64,
     /// Busy seconds of all CPUs, the start of the client included.
     pub(crate) cpu_seconds: f64,
+    /// How late threads were that waited for timers, median and 99th percentile.
+    #[serde(default)]
+    pub(crate) late_us: [Option<f64>; 2],
 }
 
 /// All measurements of a directory.
@@ -221,6 +228,7 @@ mod tests {
             lost: 0,
             throttled_periods: 0,
             cpu_seconds: 0.0,
+            late_us: [None; 2],
         }
     }
 

@@ -77,6 +77,7 @@ pub(crate) fn write_results(directory: &Path, records: &Records) -> Result<()> {
         .iter()
         .map(|((situation, arm, gap), rounds)| {
             let (p50, p99) = (median(rounds, |r| r.p50_us), median(rounds, |r| r.p99_us));
+            let late = [0, 1].map(|at| median(rounds, |r| r.late_us[at].unwrap_or(f64::NAN)));
             let base = stock.get(&(*situation, *gap));
             json!({
                 "situation": situation, "window": arm.name, "gap_us": gap, "rounds": rounds.len(),
@@ -85,6 +86,7 @@ pub(crate) fn write_results(directory: &Path, records: &Records) -> Result<()> {
                 "throttled_periods": rounds.iter().map(|r| r.throttled_periods).sum::<u64>(),
                 "lost": rounds.iter().map(|r| r.lost).sum::<u64>(),
                 "cpu_seconds": median(rounds, |r| r.cpu_seconds),
+                "timers_late_us": late,
             })
         })
         .collect();
