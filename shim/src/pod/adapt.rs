@@ -23,7 +23,7 @@ const LATELY: Duration = Duration::from_secs(2);
 /// Factor of the turns a second by which a container does something else.
 const CHANGED: f64 = 4.0;
 /// CPUs from which a container does anything.
-const BUSY: f64 = 0.01;
+pub(super) const BUSY: f64 = 0.01;
 /// Between looks while something may have changed.
 pub(super) const NEAR: Duration = Duration::from_millis(100);
 /// Between the first looks at a window that was given back: a trial is to hurt for a short time only.
@@ -33,7 +33,9 @@ const TRIED: Duration = Duration::from_millis(250);
 /// Between looks at a busy container otherwise.
 const FAR: Duration = Duration::from_millis(500);
 /// Most between looks at one that does nothing.
-const RARE: Duration = Duration::from_secs(4);
+const RARE: Duration = Duration::from_secs(1);
+/// Most between looks that are more than one at what it has run.
+pub(super) const WHOLE: Duration = Duration::from_secs(4);
 
 /// What is to become of the window.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -136,7 +138,7 @@ impl Adaptive {
     }
 
     /// How soon it should be looked at again; None: that does not matter.
-    fn wants(&self, now: Instant) -> Option<Duration> {
+    pub(super) fn wants(&self, now: Instant) -> Option<Duration> {
         let turned = self.since.map(|at| now.saturating_duration_since(at));
         match turned {
             Some(ago) if ago < TRIED && self.away.is_none() => Some(TRIAL),
@@ -182,7 +184,11 @@ impl Pace {
             return pause;
         }
         if cpus >= BUSY {
-            self.idle = None;
+            // What begins after a rest is looked at as what a call began.
+            if self.idle.is_some() {
+                self.wake(now);
+                return NEAR;
+            }
             return FAR;
         }
         let pause = self.idle.map_or(FAR, |idle| (2 * idle).min(RARE));
@@ -262,7 +268,9 @@ mod tests {
         let pauses: Vec<u64> = (0..6)
             .map(|_| pace.next(none(), 0.0, later).as_millis() as u64)
             .collect();
-        assert_eq!(pauses, [500, 1000, 2000, 4000, 4000, 4000]);
+        assert_eq!(pauses, [500, 1000, 1000, 1000, 1000, 1000]);
+        assert_eq!(pace.next(none(), 1.0, later), NEAR);
+        assert_eq!(pace.next(none(), 1.0, later + LATELY), FAR);
         pace.wake(later);
         assert_eq!(pace.next(none(), 0.0, later), NEAR);
         let mut adaptive = Adaptive::default();

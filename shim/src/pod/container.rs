@@ -11,6 +11,7 @@ use kbp_kernel::process::PidFd;
 use kbp_poller::state::Degraded;
 use kbp_poller::window::Window;
 
+use super::adapt::{BUSY, WHOLE};
 use super::course::{Course, Neighbours};
 use super::others::Others;
 use crate::sockets::{Notifier, Pollers, Treatment, Watch};
@@ -28,6 +29,7 @@ pub(super) struct Container {
     pub(super) course: Course,
     /// None before the first look at this window.
     pub(super) watch: Option<Watch>,
+    pub(super) rest: Rest,
     pub(super) others: Others,
     pub(super) pollers: Pollers,
     /// Its first process; None before there is one.
@@ -77,10 +79,19 @@ impl Container {
     ) -> Option<Looked> {
         let treatment = self.treatment?;
         self.course.decided().micros?;
+        let Listed { processes, own, .. } = self.processes();
+        let settled = !self.course.tries() && self.course.adaptive().wants(now).is_none();
+        if self.rest.goes_on(own, now) && settled && self.watch.is_some() {
+            return Some(Looked {
+                cpus: 0.0,
+                slept: 0.0,
+                changed: false,
+            });
+        }
+        self.rest.looked = Some(now);
         // First, so that a process that is in its own way is not taken for one that is in others'.
         let soon = self.course.adaptive().suspects();
         let mut changed = notifier.count_pollers(&mut self.pollers, treatment, soon);
-        let Listed { processes, own, .. } = self.processes();
         let Some(watch) = &mut self.watch else {
             self.watch = Some(Watch::new(&processes));
             return Some(Looked {
@@ -190,6 +201,30 @@ impl Container {
     }
 }
 
+/// Whether a container does nothing, by one figure: looking at each thread of every idle pod once a second would add up.
+#[derive(Debug, Default)]
+pub(super) struct Rest {
+    /// What it had run, and when that was asked.
+    ran: Option<(Duration, Instant)>,
+    /// The last whole look.
+    looked: Option<Instant>,
+}
+
+impl Rest {
+    /// Whether it has done next to nothing since this was asked last, and was looked at not long ago. `own`: what it has run.
+    fn goes_on(&mut self, own: Option<Duration>, now: Instant) -> bool {
+        let Some(own) = own else {
+            return false;
+        };
+        let passed = |since: Instant| now.saturating_duration_since(since);
+        let Some((ran, at)) = self.ran.replace((own, now)) else {
+            return false;
+        };
+        let idle = own.saturating_sub(ran) < passed(at).mul_f64(BUSY);
+        idle && self.looked.is_some_and(|at| passed(at) < WHOLE)
+    }
+}
+
 /// The processes of a container.
 #[derive(Default)]
 struct Listed {
@@ -230,6 +265,22 @@ fn shown(window: &Window, crowded: Option<String>, all: bool) -> Window {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_that_runs_next_to_nothing_rests_until_the_next_whole_look() {
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        let ran = |ms| Some(Duration::from_millis(ms));
+        let mut rest = Rest::default();
+        assert!(!rest.goes_on(ran(5), at(0)), "nothing to compare with");
+        assert!(!rest.goes_on(ran(5), at(500)), "never looked at");
+        rest.looked = Some(at(500));
+        assert!(rest.goes_on(ran(9), at(1000)));
+        assert!(!rest.goes_on(ran(14), at(1500)), "a hundredth of a CPU");
+        assert!(rest.goes_on(ran(14), at(4499)));
+        assert!(!rest.goes_on(ran(14), at(4501)), "long ago");
+        assert!(!rest.goes_on(None, at(4502)), "nobody counts for it");
+    }
 
     #[test]
     fn processes_without_a_window_are_told_where_the_container_has_one() {

@@ -17,7 +17,7 @@ use kbp_poller::window::Window;
 use tokio::sync::mpsc;
 
 use super::asked::{Asked, oci_runtime};
-use super::container::{Container, described};
+use super::container::{Container, Rest, described};
 use super::course::Course;
 use super::inner::{Founded, Inner, OWN_NETWORK, of_container};
 use super::oci_runtime::OciRuntime;
@@ -137,6 +137,7 @@ impl Pod {
             sandbox,
             course: no_window(HOST_NETWORK),
             watch: None,
+            rest: Rest::default(),
             others: Others::default(),
             pollers: Pollers::default(),
             process: None,
