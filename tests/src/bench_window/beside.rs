@@ -100,10 +100,11 @@ impl Bench<'_, '_> {
                         turns.push(turn);
                     }
                 }
+                // What is there stays when the rest is broken off.
+                write_json(&self.options.out.join("beside-turns.json"), &turns)?;
                 eprintln!("beside pauses of {gap} µs, measured with {measured_gap} µs: done");
             }
         }
-        write_json(&self.options.out.join("beside-turns.json"), &turns)?;
         let all = pairs.into_iter().map(|(_, pair)| pair).chain([measured]);
         for pair in all {
             pair.client.remove()?;
