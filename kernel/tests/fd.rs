@@ -12,7 +12,7 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 fn pair() -> (UnixStream, UnixStream) {
     let (a, b) = UnixStream::pair().expect("a pair");
     for end in [&a, &b] {
-        end.set_read_timeout(Some(Duration::from_secs(10)))
+        end.set_read_timeout(Some(Duration::from_secs(60)))
             .expect("timeout");
     }
     (a, b)

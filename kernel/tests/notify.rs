@@ -44,7 +44,7 @@ fn next_call(listener: &Listener) -> Notification {
 }
 
 fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let until = Instant::now() + Duration::from_secs(10);
+    let until = Instant::now() + Duration::from_secs(60);
     while !holds() {
         assert!(Instant::now() < until, "{what}: not within 10 s");
         thread::sleep(Duration::from_millis(2));
@@ -107,7 +107,7 @@ impl Trapped {
             .spawn()
             .expect("child");
         socket
-            .set_read_timeout(Some(Duration::from_secs(10)))
+            .set_read_timeout(Some(Duration::from_secs(60)))
             .expect("timeout");
         let message = fd::receive(socket.as_fd(), 1, 1).expect("the listener");
         let listener = message.fds.into_iter().next().expect("one descriptor");

@@ -87,7 +87,7 @@ fn children_and_orphans_are_peeked_at_and_reaped() {
         .expect("a pid");
     let handle = PidFd::open(orphan).expect("open");
     assert!(handle.signal(libc::SIGTERM).expect("signal"));
-    assert!(handle.wait_end(Duration::from_secs(10)).expect("wait"));
+    assert!(handle.wait_end(Duration::from_secs(60)).expect("wait"));
     assert_eq!(process::wait_any_peek().expect("peek"), Some(orphan));
     let info = process::consume(orphan).expect("reap");
     assert_eq!(

@@ -12,7 +12,7 @@ use kbp_poller::api::{
 use kbp_poller::client::{Attached, Client, ClientError};
 use prost::Message;
 
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// What protoc reads in a message, on one line.
 fn read_by_protoc(kind: &str, message: &impl Message) -> String {
@@ -268,7 +268,7 @@ fn a_daemon_that_is_silent_or_slow_or_full_costs_no_more_than_the_limit() {
     let in_time = |began: Instant| {
         // The upper bound allows for a busy machine.
         let took = began.elapsed();
-        assert!(took >= SHORT && took < Duration::from_secs(5), "{took:?}");
+        assert!(took >= SHORT && took < LIMIT, "{took:?}");
     };
     let dir = tempfile::tempdir().expect("directory");
     let path = dir.path().join(api::SOCKET);

@@ -17,7 +17,7 @@ use nix::unistd::dup2;
 
 /// Descriptors that the test has at most, so that it has used them up soon.
 const FEW: u64 = 256;
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 fn open_files() -> usize {
     std::fs::read_dir("/proc/self/fd").expect("fd").count()

@@ -282,7 +282,7 @@ fn runtime(name: &str) -> Command {
 
 /// The runtimes write the file after they have let the process go.
 fn read_pid(file: &Path) -> u32 {
-    let until = Instant::now() + Duration::from_secs(10);
+    let until = Instant::now() + Duration::from_secs(60);
     loop {
         let text = fs::read_to_string(file).unwrap_or_default();
         if let Ok(pid) = text.trim().parse() {

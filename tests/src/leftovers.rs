@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::path::Path;
-use std::time::Duration;
 
 use crate::command::wait_until;
 use crate::network::lease_dir;
@@ -77,7 +76,7 @@ impl Leftovers {
     pub fn wait_until_clean(sandbox: &Sandbox, before: &Self) -> Result<()> {
         wait_until(
             "removal of everything that the test made",
-            Duration::from_secs(10),
+            crate::lab::LIMIT,
             || {
                 let now = Self::of(sandbox).map_err(|e| e.to_string())?;
                 let left = now.since(before);

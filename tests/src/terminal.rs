@@ -131,7 +131,7 @@ impl Terminal {
             "cols",
             &columns.to_string(),
         ]);
-        crate::command::run(stty, Duration::from_secs(5))?
+        crate::command::run(stty, Duration::from_secs(30))?
             .success()
             .map(drop)
     }

@@ -54,7 +54,7 @@ fn both_arms_are_measured_and_written() {
     for row in &latency {
         let number = |key: &str| row[key].as_f64().expect("a number");
         assert!(
-            number("samples") > 1000.0 && number("cpu_seconds") > 0.0,
+            number("samples") > 100.0 && number("cpu_seconds") > 0.0,
             "{row}"
         );
         assert!(

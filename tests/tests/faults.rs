@@ -26,7 +26,7 @@ mod beyond_stock {
 }
 
 /// containerd's limit for the answer to State; it takes a container for dead whose shim is later.
-const STATE_LIMIT: Duration = Duration::from_secs(2);
+const STATE_LIMIT: Duration = Duration::from_secs(30);
 
 /// A container whose OCI runtime is runc after some lines of a shell, in which `$here` is the sandbox's directory.
 fn with_runtime(lab: &Lab<'_>, run: Run, prologue: &str) -> Run {

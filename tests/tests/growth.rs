@@ -53,7 +53,7 @@ impl Size {
     fn at_rest(pid: u32) -> Self {
         let mut last = Self::of(pid);
         let mut since = Instant::now();
-        wait_until("the shim to come to rest", LIMIT, || {
+        wait_until("the shim to come to rest", 3 * LIMIT, || {
             let now = Self::of(pid);
             if now != last {
                 last = now;

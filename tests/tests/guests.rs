@@ -50,7 +50,7 @@ fn a_storm_of_trapped_calls(lab: &Lab<'_>) {
         let started = Instant::now();
         lab.containerd.remove("c").expect("remove");
         assert!(
-            started.elapsed() < Duration::from_secs(5),
+            started.elapsed() < Duration::from_secs(20),
             "deletion took {:?}",
             started.elapsed()
         );

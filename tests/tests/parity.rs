@@ -2,7 +2,6 @@
 //! restarts, the environment of a process. Every scenario runs under the stock shim too.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use kbp_tests::lab::{LIMIT, on};
 use kbp_tests::{Arm, Events, Generation, Lab, Oci, Runtime, running, wait_until};
@@ -404,22 +403,28 @@ fn the_state_is_told_while_a_container_is_busy() {
         lab.containerd
             .start_container(lab.container("c", ["sleep", "1000"]))
             .expect("start");
+        let [begun, go] = ["tmp/begun", "tmp/go"].map(|path| lab.rootfs.dir().join(path));
+        let until_told = "echo >/tmp/begun; until [ -e /tmp/go ]; do sleep 0.05; done";
         std::thread::scope(|scope| {
-            scope.spawn(|| {
-                lab.containerd
-                    .exec("c", ["sleep", "1"])
-                    .expect("exec")
-                    .success()
-                    .expect("exec")
+            let busy = scope.spawn(|| lab.containerd.exec("c", ["sh", "-c", until_told]));
+            let asked = wait_until("the exec", LIMIT, || match begun.exists() {
+                true => Ok(()),
+                false => Err("it has not begun".to_owned()),
+            })
+            .map(|()| {
+                (0..10)
+                    .map(|_| lab.containerd.task("c"))
+                    .collect::<Vec<_>>()
             });
-            for _ in 0..10 {
-                let started = std::time::Instant::now();
-                assert!(lab.containerd.task("c").expect("task").is_some());
-                assert!(
-                    started.elapsed() < Duration::from_secs(2),
-                    "State took {:?}",
-                    started.elapsed()
-                );
+            // Only now: a call that waits for the other would not have come back.
+            std::fs::write(&go, "").expect("write");
+            busy.join()
+                .expect("no panic")
+                .expect("exec")
+                .success()
+                .expect("exec");
+            for task in asked.expect("begun") {
+                assert!(task.expect("task").is_some());
             }
         });
         lab.containerd.remove("c").expect("remove");

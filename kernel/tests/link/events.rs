@@ -11,10 +11,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::pair::{Pair, veth};
 
-/// Events until `done`, at most five seconds.
+/// Events until `done`, with a bound.
 fn wait_for(events: &mut LinkEvents, done: impl Fn(&HashSet<LinkEvent>) -> bool) {
     let mut seen = HashSet::new();
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + Duration::from_secs(30);
     loop {
         seen.extend(events.read().expect("read"));
         if done(&seen) {
@@ -31,7 +31,12 @@ fn changes_and_removal_are_announced() {
     let mut pair = Pair::new();
     let index = pair.host_link.index;
     let mut events = LinkEvents::subscribe(&pair.host).expect("subscribe");
-    assert_eq!(events.read().expect("read"), []);
+    // Nothing but what the kernel tells late: a worker of its own announces the carrier.
+    let early = events.read().expect("read");
+    assert!(
+        early.iter().all(|e| *e == LinkEvent::Changed(index)),
+        "{early:?}"
+    );
 
     pair.on_host(|batch| {
         batch.set_down(index);
@@ -149,10 +154,12 @@ fn only_the_links_asked_for_are_announced() {
             .set_alias(two, "second");
     })
     .expect("change");
-    assert_eq!(
-        events.read().expect("read"),
-        [LinkEvent::Changed(one), LinkEvent::Changed(two)]
-    );
+    // Each once at least: what the kernel says of their carriers may come as late.
+    let told = |events: &mut LinkEvents| -> HashSet<LinkEvent> {
+        events.read().expect("read").into_iter().collect()
+    };
+    let both = [one, two].map(LinkEvent::Changed);
+    assert_eq!(told(&mut events), HashSet::from(both));
 
     // Another choice replaces the first.
     events.watch_only(&[other]).expect("filter");
@@ -163,5 +170,8 @@ fn only_the_links_asked_for_are_announced() {
             .set_alias(two, "not now");
     })
     .expect("change");
-    assert_eq!(events.read().expect("read"), [LinkEvent::Changed(other)]);
+    assert_eq!(
+        told(&mut events),
+        HashSet::from([LinkEvent::Changed(other)])
+    );
 }

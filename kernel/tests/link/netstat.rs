@@ -2,17 +2,21 @@
 
 use std::net::UdpSocket;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use kbp_kernel::Micros;
 use kbp_kernel::ethtool::{Features, set_features};
 use kbp_kernel::netns::Netns;
 use kbp_kernel::netstat::busy_poll_rx_packets;
 use kbp_kernel::sockopt::set_busy_poll;
+use kbp_kernel::{CpuSet, Micros, cpu, process};
 
 use crate::pair::{POD_MAC, Pair};
+
+/// Packets after which one that was never polled will not be: where they are, on an idle machine nearly all are.
+const MANY: u64 = 1_000;
+const LIMIT: Duration = Duration::from_secs(60);
 
 #[test]
 fn a_new_namespace_has_polled_nothing() {
@@ -20,9 +24,9 @@ fn a_new_namespace_has_polled_nothing() {
     assert_eq!(busy_poll_rx_packets(&netns).expect("read"), 0);
 }
 
-/// Sends to a busy-polling socket in the pod until `enough` of its packets were polled or `limit`
-/// is over; how many were.
-fn polled(pair: &mut Pair, enough: u64, limit: Duration) -> u64 {
+/// Sends to a busy-polling socket in the pod until `enough` of its packets were polled, or until it has received
+/// `all`; how many were polled.
+fn polled(pair: &mut Pair, enough: u64, all: u64) -> u64 {
     let (host, pod) = (pair.host_link.index, pair.pod_link.index);
     pair.on_host(|batch| {
         batch
@@ -50,17 +54,31 @@ fn polled(pair: &mut Pair, enough: u64, limit: Duration) -> u64 {
         .expect("timeout");
     set_busy_poll(receiver.as_fd(), Micros(20_000)).expect("SO_BUSY_POLL");
 
-    let done = AtomicBool::new(false);
+    // On one CPU the packets would be handled where they are sent, before the receiver is back.
+    let usable = cpu::usable().expect("CPUs");
+    let mut cpus = usable.iter();
+    let (Some(here), Some(there)) = (cpus.next(), cpus.next()) else {
+        panic!("this test takes two CPUs");
+    };
+    let pin = |cpu| process::set_affinity(0, &CpuSet::from_iter([cpu])).expect("pin");
+    let (done, received) = (AtomicBool::new(false), AtomicU64::new(0));
     thread::scope(|scope| {
         scope.spawn(|| {
+            pin(there);
             while !done.load(Ordering::Relaxed) {
                 // A timeout is fine: the sender may be done.
-                let _ = receiver.recv(&mut [0; 64]);
+                let one = receiver.recv(&mut [0; 64]).is_ok();
+                received.fetch_add(one.into(), Ordering::Relaxed);
             }
         });
-        let deadline = Instant::now() + limit;
+        pin(here);
+        let deadline = Instant::now() + LIMIT;
         let mut count = 0;
-        while count < enough && Instant::now() < deadline {
+        while count < enough && received.load(Ordering::Relaxed) < all {
+            if Instant::now() > deadline {
+                done.store(true, Ordering::Relaxed);
+                panic!("{received:?} packets were received in {LIMIT:?}, {count} of them polled");
+            }
             sender.send_to(&[1; 64], "10.7.0.2:7000").expect("send");
             // Time for the receiver to come back and poll.
             thread::sleep(Duration::from_micros(200));
@@ -85,14 +103,14 @@ fn packets_of_a_prepared_veth_are_polled() {
         )
         .expect("prepare");
     }
-    let count = polled(&mut pair, 10, Duration::from_secs(10));
+    let count = polled(&mut pair, 10, u64::MAX);
     assert!(count >= 10, "{count} packets polled");
 }
 
 #[test]
 fn packets_of_a_stock_veth_are_not() {
     let mut pair = Pair::new();
-    let count = polled(&mut pair, 1, Duration::from_millis(300));
+    let count = polled(&mut pair, 1, MANY);
     assert_eq!(count, 0);
 }
 
@@ -110,6 +128,6 @@ fn gro_alone_does_not_let_packets_be_polled() {
         )
         .expect("prepare");
     }
-    let count = polled(&mut pair, 1, Duration::from_millis(300));
+    let count = polled(&mut pair, 1, MANY);
     assert_eq!(count, 0);
 }

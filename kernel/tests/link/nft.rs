@@ -478,7 +478,7 @@ impl Node {
             socket.expect("enter").expect("bind")
         };
         let to = bind(&self.world, ip(destination));
-        to.set_read_timeout(Some(Duration::from_secs(5)))
+        to.set_read_timeout(Some(Duration::from_secs(60)))
             .expect("timeout");
         let source = if ip(destination).is_ipv4() {
             "10.88.0.2"

@@ -10,7 +10,7 @@ use kbp_kernel::process::{self, Scheduling};
 use kbp_kernel::ring::{PollRing, RingOptions};
 use kbp_kernel::{CpuId, CpuSet, Error, NapiId};
 
-use crate::{eventually, options, some_cpu};
+use crate::{LIMIT, eventually, options, some_cpu};
 
 /// A NAPI id that no device has: the kernel does not check, and the thread has something to look for.
 const NOBODYS: NapiId = NapiId(4_000_000_000);
@@ -34,9 +34,10 @@ fn stands_still(ring: &PollRing) -> bool {
 fn it_has_the_cpu_and_the_class_it_was_asked_for_and_sleeps_at_first() {
     for class in [Scheduling::Idle, Scheduling::Other(0)] {
         let caller = process::scheduling(0).expect("own class");
+        // A lease that does not end while the test runs: awake, it would poll all the time.
         let ring = PollRing::new(&RingOptions {
             scheduling: class,
-            ..options(100)
+            ..options(60_000)
         })
         .expect("ring");
         let tid = ring.thread_id();
@@ -49,7 +50,8 @@ fn it_has_the_cpu_and_the_class_it_was_asked_for_and_sleeps_at_first() {
         );
         assert_eq!(process::scheduling(0).expect("own class"), caller);
         assert!(ring.is_asleep());
-        assert!(stands_still(&ring), "nobody woke it");
+        // It may still be on its way to sleep.
+        eventually("nobody woke it", || stands_still(&ring));
     }
 }
 
@@ -81,13 +83,16 @@ fn it_polls_for_one_lease_and_then_sleeps_although_a_napi_is_registered() {
     ring.add(NOBODYS).expect("add");
     for _ in 0..2 {
         assert!(ring.is_asleep());
-        let (woken, before) = (Instant::now(), cpu_time(&ring));
-        ring.wake().expect("wake");
-        eventually("awake", || !ring.is_asleep());
+        // On a drowned machine a lease may pass with hardly a turn on a CPU, and then says nothing.
+        let mut woken = Instant::now();
         eventually("polling", || {
+            woken = Instant::now();
+            let before = cpu_time(&ring);
+            ring.wake().expect("wake");
+            eventually("awake", || !ring.is_asleep() || cpu_time(&ring) > before);
+            eventually("asleep again", || ring.is_asleep());
             cpu_time(&ring) > before + Duration::from_millis(5)
         });
-        eventually("asleep again", || ring.is_asleep());
         // Jiffies are counted in whole ones, at 100 Hz in steps of 10 ms.
         assert!(
             woken.elapsed() >= LEASE - Duration::from_millis(10),
@@ -106,18 +111,19 @@ fn waking_it_while_it_is_awake_starts_the_lease_anew() {
     eventually("awake", || !ring.is_asleep());
     let start = Instant::now();
     let mut looks = 0;
-    while start.elapsed() < 3 * LEASE {
+    while start.elapsed() < 3 * LEASE || looks <= 4 {
+        assert!(start.elapsed() < LIMIT, "only {looks} looks in time");
+        let was_awake = !ring.is_asleep();
         let woken = Instant::now();
         ring.wake().expect("wake");
         std::thread::sleep(LEASE / 4);
         let asleep = ring.is_asleep();
         // On a drowned machine this thread may itself come too late to tell.
-        if woken.elapsed() < LEASE / 2 {
+        if was_awake && woken.elapsed() < LEASE / 2 {
             assert!(!asleep, "asleep {:?} after a wake-up", woken.elapsed());
             looks += 1;
         }
     }
-    assert!(looks > 4, "only {looks} looks in time");
     eventually("asleep when nobody wakes it", || ring.is_asleep());
 }
 

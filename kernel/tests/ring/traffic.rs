@@ -1,7 +1,6 @@
 //! The thread really receives a veth's packets, in namespaces that are not its owner's.
 
 use std::net::UdpSocket;
-use std::time::{Duration, Instant};
 
 use kbp_kernel::NapiId;
 use kbp_kernel::ethtool::{Features, set_features};
@@ -10,7 +9,7 @@ use kbp_kernel::netstat::busy_poll_rx_packets;
 use kbp_kernel::ring::{PollRing, RingOptions};
 
 use crate::pair::{HOST_MAC, POD_MAC, Pair};
-use crate::{eventually, options};
+use crate::{LIMIT, eventually, options};
 
 /// A polled veth with a socket at each end.
 pub(crate) struct Road {
@@ -52,9 +51,7 @@ impl Road {
         on_host.connect("10.0.0.2:7").expect("connect");
         in_pod.connect("10.0.0.1:7").expect("connect");
         for socket in [&on_host, &in_pod] {
-            socket
-                .set_read_timeout(Some(Duration::from_secs(10)))
-                .expect("timeout");
+            socket.set_read_timeout(Some(LIMIT)).expect("timeout");
         }
         Self {
             pair,
@@ -164,9 +161,7 @@ fn a_device_that_goes_leaves_the_thread_polling_the_others() {
     ring.wake().expect("wake");
     let gone = first.host_napi();
     drop(first);
-    let start = Instant::now();
     eventually("the other is polled", || second.polled_from_pod(100) > 0);
-    assert!(start.elapsed() < Duration::from_secs(10));
     ring.remove(gone).expect("remove what is gone");
     assert!(!ring.is_asleep());
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use kbp_kernel::netns::Netns;
 use nix::sys::socket::{getsockopt, sockopt};
 
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(crate) fn any(address: IpAddr) -> SocketAddr {
     let any = if address.is_ipv6() {

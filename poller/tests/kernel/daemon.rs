@@ -23,7 +23,7 @@ use kbp_poller::client::{Attached, Client, ClientError};
 
 use crate::node::{Node, any_cpu, wait_until};
 
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 const SIGTERM: i32 = 15;
 const SIGKILL: i32 = 9;
 
@@ -52,6 +52,8 @@ pub(crate) fn command(node: &Node, config: &str) -> Command {
 }
 
 pub(crate) fn spawn(node: &Node, command: &mut Command) -> Daemon {
+    // Also when the test is killed.
+    process::end_with_parent(command);
     let child = node.host.run(|| command.spawn()).expect("enter");
     Daemon {
         child: child.expect("start kbp-poller"),

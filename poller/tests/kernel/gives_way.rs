@@ -25,12 +25,30 @@ struct Hog {
     process: Child,
 }
 
+/// How the name of its cgroup begins; the rest is the id of the test's process.
+const GROUP: &str = "kbp-poller-test-";
+
+/// Removes the cgroups of tests that were killed.
+fn clear(root: &Path) {
+    for entry in std::fs::read_dir(root).expect("cgroups").flatten() {
+        let name = entry.file_name();
+        let owner = name.to_str().and_then(|name| name.strip_prefix(GROUP));
+        if owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            // Another test may have been faster.
+            let _ = std::fs::remove_dir(entry.path());
+        }
+    }
+}
+
 impl Hog {
     fn start(root: &Path, cpu: CpuId) -> Self {
-        let group = root.join(format!("kbp-poller-test-{}", std::process::id()));
+        clear(root);
+        let group = root.join(format!("{GROUP}{}", std::process::id()));
         std::fs::create_dir(&group).expect("make a cgroup");
-        let loops = ["-c", "while :; do :; done"];
-        let process = Command::new("sh").args(loops).spawn().expect("start sh");
+        let mut sh = Command::new("sh");
+        sh.args(["-c", "while :; do :; done"]);
+        process::end_with_parent(&mut sh);
+        let process = sh.spawn().expect("start sh");
         let hog = Self { group, process };
         let pid = hog.process.id();
         std::fs::write(hog.group.join("cgroup.procs"), pid.to_string())

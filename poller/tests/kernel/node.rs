@@ -25,7 +25,7 @@ const POD_ADDRESS: &str = "10.200.0.2/30";
 /// run by turns, and a worker gets a packet only while it runs beside the sender.
 fn bound() -> Duration {
     let emulated = std::env::var_os("KBP_SERIES").is_some();
-    Duration::from_secs(if emulated { 60 } else { 20 })
+    Duration::from_secs(if emulated { 120 } else { 60 })
 }
 
 pub(crate) struct Node {

@@ -49,7 +49,7 @@ fn napi_of_a_packet(node: &Node) -> Option<NapiId> {
     let (sink, source) = (bound(&node.host), bound(&node.pod));
     let port = sink.local_addr().expect("address").port();
     source.send_to(&[0; 64], (host.addr(), port)).expect("send");
-    sink.set_read_timeout(Some(Duration::from_secs(20)))
+    sink.set_read_timeout(Some(Duration::from_secs(60)))
         .expect("limit");
     sink.recv(&mut [0; 64]).expect("the packet");
     sockopt::incoming_napi(sink.as_fd()).expect("ask")

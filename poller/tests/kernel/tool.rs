@@ -42,6 +42,7 @@ impl Tool {
     /// Starts the tool on the node's host and reads what it says of the attachment.
     fn start(node: &Node, config: &str, args: &[&str]) -> (Self, String) {
         let mut command = command(node, &node.pod, config, args);
+        process::end_with_parent(&mut command);
         let child = node.host.run(|| command.spawn()).expect("enter");
         let mut child = child.expect("start kbp-poller");
         let mut output = BufReader::new(child.stdout.take().expect("stdout"));

@@ -127,7 +127,7 @@ mod tests {
         /// With an epoll instance that has a window or none, and an IP socket or none.
         fn new(polls: bool, talks: bool) -> Self {
             let mut sleep = Command::new("sleep");
-            sleep.arg("60");
+            sleep.arg("600");
             if polls {
                 let epoll = sockopt::epoll_create().expect("epoll instance");
                 let params = EpollParams {

@@ -27,7 +27,7 @@ impl Holder {
     pub(super) fn new(first: &OwnedFd, second: &OwnedFd) -> Self {
         let copy = |fd: &OwnedFd| Stdio::from(fd.try_clone().expect("duplicate"));
         let child = Command::new("sleep")
-            .arg("60")
+            .arg("600")
             .stdin(copy(first))
             .stdout(copy(second))
             .spawn()

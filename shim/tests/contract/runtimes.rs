@@ -33,7 +33,7 @@ arms!(
 );
 
 /// containerd gives `State` two seconds, and tears a container down whose answer comes later.
-const STATE_LIMIT: Duration = Duration::from_secs(1);
+const STATE_LIMIT: Duration = Duration::from_secs(20);
 
 /// A runtime that is runc, after `prologue`, which sees the verb in `$verb` and the world in `$world`.
 fn add_runtime(world: &mut World, prologue: &str) {

@@ -1,30 +1,39 @@
 //! A plain UDP request/response client: one blocking socket, one request under way, every round trip in an HDR histogram.
 //!
-//! `udp-rr ADDRESS SECONDS [BYTES [PAUSE [WARM]]]` sleeps PAUSE µs after each answer (`~PAUSE`: that on average, at random with exponential
+//! `udp-rr ADDRESS SECONDS|FILE [BYTES [PAUSE [WARM]]]` sleeps PAUSE µs after each answer (`~PAUSE`: that on average, at random with exponential
 //! spread), and prints one JSON object: counts, and the latency in µs at a list of quantiles. What it does in its first WARM seconds,
-//! which come before the others, does not count.
+//! which come before the others, does not count. Given the absolute path of a FILE instead, it goes on until that is there.
 
 use std::net::UdpSocket;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use hdrhistogram::Histogram;
 
-/// A datagram that has not come back after this long is counted as lost.
-const LOST_AFTER: Duration = Duration::from_millis(500);
+/// A datagram that has not come back after this long is counted as lost. Generous, since the server may wait for a CPU.
+const LOST_AFTER: Duration = Duration::from_secs(5);
+/// The end of a run that waits for a file.
+const LONGEST: Duration = Duration::from_secs(600);
+/// How many round trips there are between two looks for that file.
+const LOOK_EVERY: u64 = 100;
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [address, seconds, rest @ ..] = arguments.as_slice() else {
-        bail!("usage: udp-rr ADDRESS SECONDS [BYTES [PAUSE [WARM]]]");
+        bail!("usage: udp-rr ADDRESS SECONDS|FILE [BYTES [PAUSE [WARM]]]");
     };
     let given = |at: usize, default: &'static str| rest.get(at).map_or(default, String::as_str);
     let (bytes, pause, warm) = (given(0, "64"), given(1, "0"), given(2, "0"));
     let warm: f64 = warm.parse().with_context(|| format!("warm: {warm}"))?;
     let mut pauses = Pauses::read(pause)?;
-    let seconds: f64 = seconds
-        .parse()
-        .with_context(|| format!("seconds: {seconds}"))?;
+    let (seconds, file) = match seconds.strip_prefix('/') {
+        Some(_) => (LONGEST.as_secs_f64(), Some(Path::new(seconds))),
+        None => {
+            let number = seconds.parse();
+            (number.with_context(|| format!("seconds: {seconds}"))?, None)
+        }
+    };
     let bytes: usize = bytes.parse().with_context(|| format!("bytes: {bytes}"))?;
     ensure!(
         (8..=65507).contains(&bytes),
@@ -45,6 +54,12 @@ fn main() -> Result<()> {
     let end = begin + Duration::from_secs_f64(seconds);
     let mut sequence = 0u64;
     while Instant::now() < end {
+        if let Some(file) = file
+            && sequence.is_multiple_of(LOOK_EVERY)
+            && file.exists()
+        {
+            break;
+        }
         request[..8].copy_from_slice(&sequence.to_le_bytes());
         let sent = Instant::now();
         socket

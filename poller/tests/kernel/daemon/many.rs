@@ -84,7 +84,7 @@ fn a_hundred_pods_share_one_worker_and_little_memory() {
     assert_eq!(tids, [first.worker.expect("a worker").tid]);
     let threads = std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).expect("tasks");
     assert_eq!(threads.count(), 3, "main, keeper and the one worker");
-    let each = (resident(daemon.pid()) - before) / PODS as u64;
+    let each = resident(daemon.pid()).saturating_sub(before) / PODS as u64;
     println!("{each} KiB a pod");
     let threads = || -> Duration {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).expect("tasks");

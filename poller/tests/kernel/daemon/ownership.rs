@@ -136,7 +136,7 @@ fn only_root_is_served_and_only_root_serves() {
     let mode = std::fs::Permissions::from_mode(0o777);
     std::fs::set_permissions(node.state_dir(), mode).expect("chmod");
     let listen = "$| = 1; socket(S, AF_UNIX, SOCK_STREAM, 0); bind(S, sockaddr_un($ARGV[0])) or die $!; \
-                  listen(S, 1); print \"listening\\n\"; sleep 60";
+                  listen(S, 1); print \"listening\\n\"; sleep 600";
     let mut child = Command::new("perl")
         .args(["-MSocket", "-e", listen])
         .arg(&other)

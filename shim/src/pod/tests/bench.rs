@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use super::super::decorator::{Decorator, decorate_with};
 use super::super::*;
 
-pub(super) const LIMIT: Duration = Duration::from_secs(10);
+pub(super) const LIMIT: Duration = Duration::from_secs(60);
 
 /// What the network of a container is like when it is created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,11 +80,10 @@ impl Plain {
         if net != Net::Host {
             command.args(["--net", "sleep"]);
         }
-        let child = command
-            .arg("1000")
-            .stdin(Stdio::null())
-            .spawn()
-            .expect("run a process");
+        command.arg("1000").stdin(Stdio::null());
+        // A test that is killed leaves no namespace, and so no veth.
+        kbp_kernel::process::end_with_parent(&mut command);
+        let child = command.spawn().expect("run a process");
         let pid = child.id();
         self.children.lock().expect("lock").push(Sleeper {
             id: id.to_owned(),

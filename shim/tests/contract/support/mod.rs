@@ -1,7 +1,7 @@
 //! A shim without containerd: the test speaks to it as containerd does, and receives its events.
 //!
 //! Everything is below one temporary directory, the OCI runtime's state and the sockets too; dropping the [`World`] ends
-//! the servers it started, by their pids, and has the shim's own `delete` clean up.
+//! the servers it started, by their pids, and has the shim's own `delete` clean up. When the process of the test is killed, a guard does.
 
 #![allow(dead_code, reason = "no test uses all of it")]
 
@@ -15,7 +15,7 @@ use std::io::Write;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -37,7 +37,7 @@ pub(crate) use self::shim::{Shim, exec_request};
 
 pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_containerd-shim-kbp-v1");
 pub(crate) const NAMESPACE: &str = "test";
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// Waits, but not for ever.
 pub(crate) async fn within<T>(future: impl Future<Output = T>) -> T {
@@ -57,8 +57,12 @@ pub(crate) async fn until(what: &str, mut done: impl FnMut() -> bool) {
     panic!("{what} has not come about within {LIMIT:?}");
 }
 
+/// Cleans up after a process that could not; see its own words.
+const GUARD: &str = include_str!("guard.sh");
+
 /// The temporary directory and what lives in it.
 pub(crate) struct World {
+    guard: Child,
     dir: tempfile::TempDir,
     events: watch::Receiver<Vec<Happened>>,
     _events_server: Server,
@@ -107,6 +111,15 @@ impl World {
             .tempdir_in("/tmp")
             .expect("a directory");
         let root = dir.path();
+        let guard = Command::new("/bin/sh")
+            .args(["-c", GUARD, "guard"])
+            .arg(root)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            // Where it is told to end with its group, it is still needed.
+            .process_group(0)
+            .spawn()
+            .expect("start a guard");
         for name in [
             "rootfs/bin",
             "rootfs/proc",
@@ -137,6 +150,7 @@ impl World {
             options.binary_name = add_crun(root).display().to_string();
         }
         Self {
+            guard,
             arm,
             log_readers: Mutex::default(),
             sockets: Mutex::default(),
@@ -405,6 +419,9 @@ impl Drop for World {
         for socket in self.sockets.lock().expect("not poisoned").drain(..) {
             let _ = fs::remove_file(socket);
         }
+        // Nothing is left for it.
+        let _ = self.guard.kill();
+        let _ = self.guard.wait();
     }
 }
 
