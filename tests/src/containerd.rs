@@ -12,7 +12,7 @@ use crate::binaries::{bin_dir, program, target_dir};
 use crate::command::{self, Output, Running, wait_until};
 use crate::error::IoContext;
 use crate::run::Run;
-use crate::{Error, Result, Sandbox};
+use crate::{Error, Result, Sandbox, not_tested};
 
 /// Socket inside the sandbox: containerd's own default.
 const ADDRESS: &str = "/run/containerd/containerd.sock";
@@ -31,6 +31,15 @@ pub enum Generation {
 }
 
 impl Generation {
+    /// Whether this machine lacks it; then it is said that it was not tested.
+    pub fn is_wanting(self) -> bool {
+        let found = self.bin_dir();
+        if let Err(error) = &found {
+            not_tested(&format!("what runs on another containerd: {error}"));
+        }
+        found.is_err()
+    }
+
     /// Directory of its `containerd`, `ctr` and stock shim; None: they are in PATH.
     fn bin_dir(self) -> Result<Option<PathBuf>> {
         let suite = match self {

@@ -38,6 +38,9 @@ fn assert_handlers(dump: &str) {
 
 /// The CRI plugin comes up with the handler, the default one, and what the package says.
 fn version_2_is_merged(generation: Generation) {
+    if generation.is_wanting() {
+        return;
+    }
     let path = shipped("version-2.toml");
     let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("read {path}: {e}"));
     // The file that it is merged into says so already.
@@ -78,6 +81,9 @@ fn containerd_1_7_takes_the_snippet_of_version_2() {
 #[test]
 fn containerd_2_takes_the_snippet_of_version_3_as_an_import() {
     let sandbox = Sandbox::new().expect("sandbox");
+    if Generation::V2.is_wanting() {
+        return;
+    }
     let containerd = Containerd::start(&sandbox, Generation::V2).expect("containerd");
     let file = sandbox.dir().join("main.toml");
     let text = format!(

@@ -340,6 +340,9 @@ fn the_shim_is_smaller_than_the_stock_one() {
         size
     };
     for generation in [Generation::Machine, Generation::V2] {
+        if generation.is_wanting() {
+            continue;
+        }
         let (stock, kbp) = (
             resident(generation, Runtime::Stock),
             resident(generation, Runtime::Kbp),

@@ -344,6 +344,9 @@ fn self_portrait(
 }
 
 fn a_process_cannot_tell(generation: Generation, oci: Oci, exec: bool) {
+    if generation.is_wanting() {
+        return;
+    }
     let stock = self_portrait(generation, Runtime::Stock, oci, exec);
     let kbp = self_portrait(generation, Runtime::Kbp, oci, exec);
     assert!(stock.len() > 60, "{stock:#?}");

@@ -1,16 +1,18 @@
 //! Lines of the contract that no other file is about.
 
 use std::fs;
-use std::net::IpAddr;
+use std::net::{IpAddr, TcpStream};
 use std::path::Path;
 use std::time::Duration;
 
+use kbp_kernel::netns::Netns;
 use serde_json::{Value, json};
 
 use crate::lifecycle::with_result;
 use crate::matrix::{reference, reference_config};
+use crate::node::keeping;
 use crate::traffic::{any, ip, tcp_transfer, udp};
-use crate::world::{Pod, World, address, environment, path, run};
+use crate::world::{OUTSIDE_V4, Pod, World, address, command, environment, path, run};
 
 const MODES: [&str; 2] = ["routed", "bridge"];
 
@@ -235,4 +237,59 @@ fn datagrams_pass_a_narrow_hop(ours: &Pod, other: &Pod, there: IpAddr, mode: &st
     // That it knows is the work of an ICMP error: nothing else has said so.
     let route = ours.command("ip", &["route", "get", &there.to_string()]);
     assert!(route.contains("mtu 1500"), "{mode}: {route}");
+}
+
+/// What it needs to know is in its config, on this node and in the kernel: nobody is asked over the network, whatever the environment says
+/// of an API server.
+#[test]
+fn no_verb_speaks_to_the_network() {
+    let world = World::new();
+    let pod = Pod::new("pod-a");
+    // What it has begun and sent, and what has come for it.
+    let counters = |netns: &Netns| {
+        let text = command(netns, "cat", &["/proc/thread-self/net/snmp"]);
+        let of = |protocol: &str, name: &str| -> u64 {
+            let mut lines = text.lines().filter_map(|line| line.strip_prefix(protocol));
+            let (names, values) = (lines.next().expect("names"), lines.next().expect("values"));
+            let mut both = names.split_whitespace().zip(values.split_whitespace());
+            let found = both.find(|(key, _)| *key == name);
+            found.expect("a counter").1.parse().expect("a number")
+        };
+        [of("Tcp: ", "ActiveOpens"), of("Udp: ", "OutDatagrams")]
+    };
+    let call = |verb: &str, config: &Value| {
+        let mut environment = environment(verb, &pod.id, &pod.path(), &world.cni_path());
+        for (key, value) in [
+            ("KUBERNETES_SERVICE_HOST", OUTSIDE_V4),
+            ("KUBERNETES_SERVICE_PORT", "6443"),
+            ("KUBECONFIG", "/etc/kubernetes/admin.conf"),
+            (
+                "CNI_ARGS",
+                "IgnoreUnknown=1;K8S_POD_NAME=web;K8S_POD_NAMESPACE=default",
+            ),
+        ] {
+            environment.insert(key.to_owned(), value.to_owned());
+        }
+        let answer = world.call_with(&environment, &config.to_string());
+        assert!(answer.ok, "{verb}: {answer:?}");
+        answer.stdout
+    };
+    for mode in MODES {
+        let config = world.config("1.1.0", json!({ "mode": mode }));
+        let result = serde_json::from_str(&call("ADD", &config)).expect("a result");
+        call("CHECK", &with_result(&config, &result));
+        call("STATUS", &config);
+        call("GC", &keeping(&config, &[&pod]));
+        call("DEL", &config);
+        for netns in [&world.host, &pod.netns] {
+            assert_eq!(counters(netns), [0, 0], "{mode}");
+        }
+    }
+    // One that did would be seen, though nobody answers there.
+    let server = (ip(OUTSIDE_V4), 6443).into();
+    let asked = world
+        .host
+        .run(|| TcpStream::connect_timeout(&server, Duration::from_secs(30)));
+    assert!(asked.expect("enter").is_err());
+    assert_eq!(counters(&world.host), [1, 0]);
 }

@@ -1,17 +1,25 @@
 //! What it is all for: the pod end has a NAPI instance, and packets to the pod go through it. The host end gets one from whoever polls it.
 
-use kbp_kernel::ethtool;
+use kbp_kernel::ethtool::{self, Features};
 use kbp_kernel::link::RouteSocket;
 use kbp_kernel::napi::NetdevSocket;
 use kbp_kernel::netns::Netns;
 use kbp_kernel::sockopt;
 use kbp_kernel::{Error, NapiId};
+use kbp_poller::attach::{AttachRequest, Outcome, attach};
+use kbp_poller::config::Config;
+use kbp_poller::policy::{Policy, WorkerPolicy};
+use kbp_poller::window::Window;
+use kbp_tests::lab::LIMIT;
+use kbp_tests::wait_until;
 use serde_json::json;
+use std::fs;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 
+use crate::lifecycle::with_result;
 use crate::traffic::udp;
-use crate::world::{Pod, World};
+use crate::world::{Pod, World, environment};
 
 /// The NAPI instances of a link; None: this kernel does not tell (before 6.8).
 pub(crate) fn napis(netns: &Netns, name: &str) -> Option<Vec<NapiId>> {
@@ -143,4 +151,73 @@ fn packets_to_a_tuned_veths_pod_pass_the_napi_of_its_end() {
     assert!(passed(&at_pod, to_pod()));
     world.quiet("DEL", &pod, &tune);
     assert!(!passed(&at_pod, to_pod()), "it is as it was");
+}
+
+/// Who keeps the pod may lead packets past its NAPI, by TSO at the host end, and says so. From anybody else it is a difference.
+#[test]
+fn check_bears_with_tso_at_the_host_end_while_packets_take_the_short_way() {
+    let world = World::new();
+    let pod = Pod::new("pod-a");
+    let config = world.config("1.0.0", json!({}));
+    let result = world.add(&pod, &config);
+    let host_end = result["interfaces"][0]["name"].as_str().expect("a name");
+    let file = world.path("kbp.toml");
+    let state_dir = format!("state-dir = {:?}\n", world.path("run"));
+    fs::write(&file, state_dir).expect("write the node's config");
+    let check = || {
+        let mut environment = environment("CHECK", &pod.id, &pod.path(), &world.cni_path());
+        environment.insert("KBP_CONFIG".to_owned(), file.display().to_string());
+        world.call_with(&environment, &with_result(&config, &result).to_string())
+    };
+    let features = || ethtool::features(&world.host, host_end).expect("features");
+    let set_tso = |tso: bool| {
+        let wanted = Features { tso, ..features() };
+        ethtool::set_features(&world.host, host_end, wanted).expect("switch TSO");
+    };
+    let is_a_difference = || {
+        set_tso(true);
+        let differs = format!("{host_end} has TSO on instead of off");
+        check().assert_error(103, &[&differs]);
+        set_tso(false);
+        let answer = check();
+        assert!(answer.ok, "{answer:?}");
+    };
+    is_a_difference();
+
+    let request = AttachRequest {
+        id: pod.id.clone(),
+        namespace: "test".to_owned(),
+        netns: pod.netns.try_clone().expect("handle"),
+        policy: Policy {
+            worker: WorkerPolicy::None,
+            ..Policy::default()
+        },
+        cpuset: None,
+        window: Window {
+            micros: None,
+            reason: "none in this test".to_owned(),
+        },
+        degraded: Vec::new(),
+        config: Config::read(&file).expect("the node's config"),
+    };
+    let outcome = world.host.run(|| attach(request)).expect("enter");
+    let Outcome::Attached(attachment) = outcome.expect("attach") else {
+        panic!("it has a veth");
+    };
+    for short in [true, false, true] {
+        attachment.set_short_way(short.then_some("many packets"));
+        wait_until("the way of the packets", LIMIT, || {
+            let now = features();
+            match now.tso == short {
+                true => Ok(()),
+                false => Err(format!("{now:?}")),
+            }
+        })
+        .expect("TSO follows");
+        let answer = check();
+        assert!(answer.ok, "short way: {short}: {answer:?}");
+    }
+    attachment.detach().expect("detach");
+    is_a_difference();
+    world.quiet("DEL", &pod, &config);
 }

@@ -41,6 +41,9 @@ pub(super) fn on_network(
     edit: impl FnOnce(String) -> String,
     test: impl FnOnce(&Node<'_>),
 ) {
+    if generation.is_wanting() {
+        return;
+    }
     let sandbox = Sandbox::new().expect("node");
     // host-local's leases, and the kubelet's directories.
     sandbox.overlay("/var/lib").expect("overlay");

@@ -1,7 +1,9 @@
 //! What a test is put to: kbp's shim with each OCI runtime, and containerd's own shims, which prove the test.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+
+use kbp_tests::not_tested;
 
 use super::BINARY;
 
@@ -41,34 +43,40 @@ impl Arm {
 
     /// The shim's program.
     pub(crate) fn shim(self) -> PathBuf {
-        let (path, remedy) = match self {
-            Self::Kbp | Self::KbpWithCrun => return BINARY.into(),
-            Self::Stock1 => (
-                "/usr/bin/containerd-shim-runc-v2".into(),
-                "apt-get install containerd",
-            ),
-            Self::Stock2 => (
-                target().join("containerd-forky/bin/containerd-shim-runc-v2"),
-                "run tests/scripts/fetch-containerd forky",
-            ),
+        match self {
+            Self::Kbp | Self::KbpWithCrun => BINARY.into(),
+            Self::Stock1 => "/usr/bin/containerd-shim-runc-v2".into(),
+            Self::Stock2 => target().join("containerd-forky/bin/containerd-shim-runc-v2"),
+        }
+    }
+
+    /// Whether this machine lacks it; then it is said that it was not tested.
+    fn is_wanting(self) -> bool {
+        let path = self.shim();
+        if path.is_file() {
+            return false;
+        }
+        let remedy = match self {
+            Self::Kbp | Self::KbpWithCrun => "it is built with this test",
+            Self::Stock1 => "apt-get install containerd",
+            Self::Stock2 => "run tests/scripts/fetch-containerd forky",
         };
-        assert!(path.is_file(), "{} is missing: {remedy}", path.display());
-        path
+        not_tested(&format!("{} is missing: {remedy}", path.display()));
+        true
     }
 }
 
 /// cargo's target directory.
 fn target() -> PathBuf {
-    let this = std::env::current_exe().expect("this program");
-    let mut above = this.ancestors();
-    above
-        .find(|directory| directory.join("CACHEDIR.TAG").is_file())
-        .unwrap_or(Path::new("target"))
-        .to_path_buf()
+    kbp_tests::binaries::target_dir().unwrap_or("target".into())
 }
 
-/// Runs a test. One that fails does not wait for its readers of fifos that nobody will open.
-pub(crate) fn run(test: impl Future<Output = ()>) {
+/// Puts an arm to a test. One that fails does not wait for its readers of fifos that nobody will open.
+pub(crate) fn run<F: Future<Output = ()>>(test: impl FnOnce(Arm) -> F, arm: Arm) {
+    if arm.is_wanting() {
+        return;
+    }
+    let test = test(arm);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -85,7 +93,7 @@ macro_rules! arms {
     ($($arms:tt: [$($function:ident),* $(,)?],)*) => { $($(arms!(@one $function $arms);)*)* };
     (@one $function:ident [$($arm:ident)*]) => {
         mod $function {
-            $(#[test] fn $arm() { crate::support::run(super::$function(crate::support::arms!(@arm $arm))) })*
+            $(#[test] fn $arm() { crate::support::run(super::$function, crate::support::arms!(@arm $arm)) })*
         }
     };
     (@arm kbp) => { crate::support::Arm::Kbp };
