@@ -62,7 +62,6 @@ const GUARD: &str = include_str!("guard.sh");
 
 /// The temporary directory and what lives in it.
 pub(crate) struct World {
-    guard: Child,
     dir: tempfile::TempDir,
     events: watch::Receiver<Vec<Happened>>,
     _events_server: Server,
@@ -72,6 +71,18 @@ pub(crate) struct World {
     sockets: Mutex<Vec<PathBuf>>,
     pub(crate) arm: Arm,
     pub(crate) options: Options,
+    // Last, so that nothing is left for it when it goes, and something is guarded until then.
+    _guard: Guard,
+}
+
+/// The process of [`GUARD`].
+struct Guard(Child);
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// An event as it arrived.
@@ -150,7 +161,6 @@ impl World {
             options.binary_name = add_crun(root).display().to_string();
         }
         Self {
-            guard,
             arm,
             log_readers: Mutex::default(),
             sockets: Mutex::default(),
@@ -160,6 +170,7 @@ impl World {
             bundles: Mutex::default(),
             options,
             dir,
+            _guard: Guard(guard),
         }
     }
 
@@ -419,9 +430,6 @@ impl Drop for World {
         for socket in self.sockets.lock().expect("not poisoned").drain(..) {
             let _ = fs::remove_file(socket);
         }
-        // Nothing is left for it.
-        let _ = self.guard.kill();
-        let _ = self.guard.wait();
     }
 }
 
