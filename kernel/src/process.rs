@@ -3,6 +3,7 @@
 mod aside;
 mod capabilities;
 mod descriptors;
+mod entry;
 mod limits;
 mod parent;
 mod reap;
@@ -11,6 +12,8 @@ mod scheduling;
 pub use aside::{Aside, aside};
 pub use capabilities::{Capability, drop_for_good, give_up, take_up_in_this_thread};
 pub use descriptors::{Descriptor, descriptor};
+#[doc(hidden)]
+pub use entry::run_short_lived;
 pub use limits::OpenFiles;
 pub use parent::end_with_parent;
 pub use reap::{Exit, ExitInfo, become_subreaper, consume, peek_ended, wait_any_peek};
