@@ -3,6 +3,7 @@
 use std::fs;
 use std::net::{IpAddr, TcpStream};
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use kbp_kernel::netns::Netns;
@@ -32,6 +33,44 @@ fn success_and_failure_speak_on_stdout_and_by_exit_status_in_every_mode() {
             (&json!("1.1.0"), "")
         );
     }
+}
+
+#[test]
+fn an_add_whose_caller_has_gone_is_undone() {
+    let world = World::new();
+    world.forward();
+    let pod = Pod::new("pod-a");
+    let config = world.config("1.0.0", json!({}));
+    let before = (world.dump(), pod.dump());
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let plugin = Command::new(env!("CARGO_BIN_EXE_kbp"));
+    let said = world.failing_add(plugin, writer, &pod, &config);
+    assert!(said.contains("write the result to stdout"), "{said}");
+    assert_eq!((world.dump(), pod.dump()), before);
+}
+
+#[test]
+fn what_is_opened_is_not_mistaken_for_a_standard_file_that_was_closed() {
+    let world = World::new();
+    world.forward();
+    let pod = Pod::new("pod-a");
+    let config = world.config("1.0.0", json!({}));
+    let before = (world.dump(), pod.dump());
+    // Without its input it has nothing to do; without its outputs it cannot say so.
+    let mut plugin = Command::new("/bin/sh");
+    plugin.args(["-c", "exec \"$0\" <&- >&- 2>&-", env!("CARGO_BIN_EXE_kbp")]);
+    world.failing_add(plugin, Stdio::null(), &pod, &config);
+    // Its result goes nowhere, rather than into a socket of its own.
+    let mut plugin = Command::new("/bin/sh");
+    plugin.args([
+        "-c",
+        "\"$0\" >&- 2>&-; exit $(($? + 1))",
+        env!("CARGO_BIN_EXE_kbp"),
+    ]);
+    world.failing_add(plugin, Stdio::null(), &pod, &config);
+    world.quiet("DEL", &pod, &config);
+    assert_eq!((world.dump(), pod.dump()), before);
 }
 
 #[test]

@@ -135,17 +135,28 @@ impl World {
 
     /// ADD whose result cannot be written, which has to fail; what it said on stderr.
     pub(crate) fn unread_add(&self, pod: &Pod, config: &Value) -> String {
+        // Every write to it fails (ENOSPC).
+        let full = fs::File::create("/dev/full").expect("open /dev/full");
+        self.failing_add(Command::new(env!("CARGO_BIN_EXE_kbp")), full, pod, config)
+    }
+
+    /// ADD by `command`, with `stdout`, which has to fail by its exit status; what it said on stderr.
+    pub(crate) fn failing_add(
+        &self,
+        mut command: Command,
+        stdout: impl Into<Stdio>,
+        pod: &Pod,
+        config: &Value,
+    ) -> String {
         let file = self.path("config.json");
         fs::write(&file, config.to_string()).expect("write the config");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_kbp"));
         command
             .envs(environment("ADD", &pod.id, &pod.path(), &self.cni_path()))
             .stdin(fs::File::open(&file).expect("open the config"))
-            // Every write to it fails (ENOSPC).
-            .stdout(fs::File::create("/dev/full").expect("open /dev/full"));
+            .stdout(stdout);
         let output = self.host.run(|| command.output()).expect("enter");
         let output = output.expect("run the plugin");
-        assert!(!output.status.success(), "{output:?}");
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
         String::from_utf8(output.stderr).expect("text")
     }
 
