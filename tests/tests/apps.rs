@@ -98,7 +98,7 @@ fn serves_and_polls(app: App) {
         }
     });
     let figures = app
-        .figures(&output.stdout, client.root())
+        .figures(&output.stdout, client.root(), Duration::ZERO)
         .unwrap_or_else(|e| panic!("{e}\n{output}"));
     assert!(figures.samples > 0, "{figures:?}");
 
@@ -290,7 +290,7 @@ fn ten_thousand_short_connections() {
         .exec(&command.collect::<Vec<_>>())
         .expect("connections");
     let figures = App::StaticC
-        .figures(&output.stdout, client.root())
+        .figures(&output.stdout, client.root(), Duration::ZERO)
         .unwrap_or_else(|e| panic!("{e}\n{output}"));
     assert_eq!(figures.samples, COUNT);
     wait_until("the counters", LIMIT, || {
@@ -327,6 +327,7 @@ apps! {
     haproxy Haproxy
     haproxy_with_two_threads HaproxyThreads
     postgres_with_pgbench Postgres
+    postgres_with_a_client_that_blocks PostgresBlocking
     a_static_c_binary StaticC
     a_thread_for_each_connection BlockingThreads
     go_http_server_and_client Go

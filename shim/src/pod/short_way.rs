@@ -2,7 +2,8 @@
 //!
 //! With many requests under way a program finds the next one whenever it asks, so it neither polls nor sleeps, and the ring and the NAPI of
 //! the pod end are only a way round. Then the host end has TSO and packets come over the backlog, as on any veth, until threads sleep
-//! for packets again or there are few of them. A pod that goes to and fro is left on the long way for longer each time.
+//! for packets again or there are few of them. A pod whose threads sleep again each time is left on the long way for longer each time;
+//! one whose clients have only gone, and may be back any moment, is not.
 
 use std::time::{Duration, Instant};
 
@@ -22,7 +23,7 @@ const SLEEPS: f64 = 0.1;
 const LOOKS: u32 = 2;
 /// What is counted over less tells nothing.
 const SPAN: Duration = Duration::from_millis(300);
-/// How long it is not taken after it was left.
+/// How long it is not taken after it was left because threads slept.
 const FIRST_PAUSE: Duration = Duration::from_secs(2);
 const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 /// How long it has to have been taken until what was before is forgotten.
@@ -119,19 +120,19 @@ impl ShortWay {
             if now.saturating_duration_since(since) >= PROVEN {
                 self.pause = FIRST_PAUSE;
             }
-            if seen.slept <= SLEEPS {
-                self.strikes = match seen.packets >= FEW {
-                    true => 0,
-                    false => self.strikes + 1,
-                };
+            let few = seen.packets < FEW;
+            if few || seen.slept <= SLEEPS {
+                self.strikes = if few { self.strikes + 1 } else { 0 };
                 if self.strikes < LOOKS {
                     return Turn::Stay;
                 }
             }
+            if !few {
+                self.not_before = Some(now + self.pause);
+                self.pause = (2 * self.pause).min(LONGEST_PAUSE);
+            }
             self.strikes = 0;
             self.taken = None;
-            self.not_before = Some(now + self.pause);
-            self.pause = (2 * self.pause).min(LONGEST_PAUSE);
             return Turn::Leave;
         }
         let nobody_waits = seen.packets >= MANY && seen.polled <= POLLED && seen.slept <= SLEEPS;
@@ -289,6 +290,23 @@ mod tests {
             };
             let left = (0..10).filter(|_| look(&mut way, &nothing)).count();
             assert!(!way.is_taken() && left == 1, "{seed}: {left}");
+        }
+    }
+
+    #[test]
+    fn one_whose_clients_come_and_go_takes_it_each_time() {
+        // What few packets come when a load has ended, somebody sleeps for.
+        let ended = Seen {
+            packets: 10.0,
+            polled: 0.5,
+            slept: 3.0,
+        };
+        let mut way = ShortWay::default();
+        let now = Instant::now();
+        for _ in 0..10 {
+            assert!(taken(&mut way, now));
+            assert_eq!(way.judge(&ended, now), Turn::Stay);
+            assert_eq!(way.judge(&ended, now), Turn::Leave);
         }
     }
 

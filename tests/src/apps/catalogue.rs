@@ -33,6 +33,8 @@ pub enum App {
     HaproxyThreads,
     /// PostgreSQL, loaded by `pgbench`, which waits in `poll`.
     Postgres,
+    /// PostgreSQL, loaded by a client with a thread for each connection, which blocks, as with JDBC.
+    PostgresBlocking,
     /// A static binary written in C.
     StaticC,
     /// The same with a thread for each connection, which blocks.
@@ -51,7 +53,7 @@ pub enum App {
 
 impl App {
     /// All of them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Redis,
         Self::Memcached,
         Self::MemcachedThreads,
@@ -59,6 +61,7 @@ impl App {
         Self::Haproxy,
         Self::HaproxyThreads,
         Self::Postgres,
+        Self::PostgresBlocking,
         Self::StaticC,
         Self::BlockingThreads,
         Self::Go,
@@ -78,6 +81,7 @@ impl App {
             Self::Haproxy => "haproxy",
             Self::HaproxyThreads => "haproxy-2-threads",
             Self::Postgres => "postgres-pgbench",
+            Self::PostgresBlocking => "postgres-blocking",
             Self::StaticC => "static-c",
             Self::BlockingThreads => "blocking-threads",
             Self::Go => "go-http",
@@ -96,9 +100,18 @@ impl App {
             .map(|e| e.to_string())
     }
 
-    /// Whether its client waits in `epoll`; `pgbench` waits in `poll`, which only the node-wide setting reaches.
+    /// Whether its client waits in `epoll`, not in blocking calls nor in `poll`.
     pub fn client_uses_epoll(self) -> bool {
-        self != Self::Postgres
+        !self.is_postgres()
+    }
+
+    /// Whether its client waits in `poll`, which only the node-wide setting reaches.
+    pub fn client_uses_poll(self) -> bool {
+        self == Self::Postgres
+    }
+
+    fn is_postgres(self) -> bool {
+        matches!(self, Self::Postgres | Self::PostgresBlocking)
     }
 
     /// Whether its server waits in `epoll`, not in blocking calls.
@@ -114,12 +127,12 @@ impl App {
         shape: impl FnOnce(Guest) -> Guest,
     ) -> Result<AppPod<'n, 's>> {
         let mut guest = Guest::new("server", self.command(node)?);
-        if self == Self::Postgres {
+        if self.is_postgres() {
             guest.user = NOBODY;
         }
         let pod = node.pod(runtime, &shape(guest), |root| self.prepare(node, root))?;
         pod.wait_for_port(PORT)?;
-        if self == Self::Postgres {
+        if self.is_postgres() {
             // It listens before it has recovered, and answers after.
             command::wait_until("PostgreSQL's answer", Duration::from_secs(20), || {
                 let ready = [postgres::program("pg_isready").map_err(|e| e.to_string())?]
@@ -157,7 +170,7 @@ impl App {
                 below_usr("haproxy", "haproxy")?,
                 "-f /kbp/haproxy.cfg -f /kbp/haproxy-threads.cfg",
             ),
-            Self::Postgres => with(
+            Self::Postgres | Self::PostgresBlocking => with(
                 postgres::program("postgres")?,
                 "-D /tmp/pg -p 7000 -c listen_addresses=* -c unix_socket_directories=/tmp -c fsync=off -c shared_buffers=16MB -c autovacuum=off",
             ),
@@ -181,7 +194,7 @@ impl App {
     }
 
     fn prepare(self, node: &AppNode<'_>, root: &Path) -> Result<()> {
-        if self != Self::Postgres {
+        if !self.is_postgres() {
             return Ok(());
         }
         let template = postgres::template(node)?;
@@ -199,11 +212,22 @@ impl App {
         clients: u32,
         length: Duration,
     ) -> Result<Vec<String>> {
-        let ms = length.as_millis();
-        let seconds = length.as_secs().max(1);
+        self.load_after(address, clients, Duration::ZERO, length)
+    }
+
+    /// The same, where the first `lead` of it counts for nothing. Programs that know whole seconds only take longer.
+    pub fn load_after(
+        self,
+        address: &str,
+        clients: u32,
+        lead: Duration,
+        length: Duration,
+    ) -> Result<Vec<String>> {
+        let (ms, lead_ms) = (length.as_millis(), lead.as_millis());
+        let seconds = |length: Duration| length.as_secs_f64().ceil().max(1.0);
         let own = |protocol: &str| {
             words(&format!(
-                "/kbp/app-load {protocol} {address}:{PORT} {clients} {ms}"
+                "/kbp/app-load --after {lead_ms} {protocol} {address}:{PORT} {clients} {ms}"
             ))
         };
         Ok(match self {
@@ -213,21 +237,29 @@ impl App {
             Self::StaticC | Self::BlockingThreads | Self::Asyncio | Self::Java | Self::Tokio => {
                 own("echo")
             }
+            Self::PostgresBlocking => own("postgres"),
             Self::Go => words(&format!(
-                "/kbp/http-go load {address} {PORT} {clients} {ms}"
+                "/kbp/http-go load {address} {PORT} {clients} {ms} {lead_ms}"
             )),
             // For the times of single requests: wrk counts one that took long once more for every request that had its time meanwhile
             // (stats_correct in its stats.c), so that its tail grows with the rate.
             Self::Nginx if clients == 1 => own("http"),
             Self::Nginx => {
-                let mut command = vec![below_usr("wrk", "wrk")?];
-                command.extend(words(&format!(
-                    "-t1 -c{clients} -d{seconds}s --latency http://{address}:{PORT}/"
-                )));
-                command
+                let wrk = below_usr("wrk", "wrk")?;
+                let run = |length: Duration| {
+                    let seconds = seconds(length);
+                    format!("{wrk} -t1 -c{clients} -d{seconds}s --latency http://{address}:{PORT}/")
+                };
+                if lead.is_zero() {
+                    words(&run(length))
+                } else {
+                    let script = format!("{} >/dev/null && exec {}", run(lead), run(length));
+                    vec!["sh".to_owned(), "-c".to_owned(), script]
+                }
             }
             Self::Postgres => {
                 let mut command = vec![postgres::program("pgbench")?];
+                let seconds = seconds(lead + length);
                 command.extend(words(&format!(
                     "-h {address} -p {PORT} -U postgres -n -f /kbp/select.sql -c {clients} -j 1 -T {seconds} -l --log-prefix=/tmp/pgbench postgres"
                 )));
@@ -243,7 +275,7 @@ impl App {
                 let load = words(&format!("/kbp/app-load http {address}:{PORT} 2 100"));
                 Some((load, "\"wrong\":0".to_owned()))
             }
-            Self::Postgres => {
+            Self::Postgres | Self::PostgresBlocking => {
                 let mut command = vec![postgres::program("psql")?];
                 command.extend(words(&format!("-h {address} -p {PORT} -U postgres -At -c")));
                 command.push("select 6*7, version() like 'PostgreSQL%'".to_owned());
@@ -253,11 +285,11 @@ impl App {
         })
     }
 
-    /// Reads what the load printed, or wrote to its container's root.
-    pub fn figures(self, printed: &str, client_root: &Path) -> Result<Figures> {
+    /// Reads what the load printed, or wrote to its container's root, without its `lead`.
+    pub fn figures(self, printed: &str, client_root: &Path, lead: Duration) -> Result<Figures> {
         match self {
             Self::Nginx if !printed.starts_with('{') => figures::wrk(printed),
-            Self::Postgres => figures::pgbench(printed, client_root),
+            Self::Postgres => figures::pgbench(printed, client_root, lead),
             _ => figures::own_json(printed),
         }
     }

@@ -1,15 +1,16 @@
 //! What the loads print, as figures.
 
 use std::path::Path;
+use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::IoContext;
 use crate::{Error, Result};
 
 /// What a load found.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Figures {
     /// Answers, all of them right.
     pub samples: u64,
@@ -84,22 +85,27 @@ fn wrk_time(text: &str) -> Option<f64> {
         .find_map(|(unit, factor)| Some(text.strip_suffix(unit)?.parse::<f64>().ok()? * factor))
 }
 
-/// pgbench's report and its log, a line a transaction, the third column its time in µs. The log is removed.
-pub(super) fn pgbench(text: &str, root: &Path) -> Result<Figures> {
+/// A transaction of pgbench's log: when it ended, in seconds since 1970, and its time in µs.
+fn transaction(line: &str) -> Option<(f64, f64)> {
+    let mut columns = line.split(' ');
+    let time: f64 = columns.nth(2)?.parse().ok()?;
+    let seconds: f64 = columns.nth(1)?.parse().ok()?;
+    let micros: f64 = columns.next()?.parse().ok()?;
+    Some((seconds + micros * 1e-6, time))
+}
+
+/// pgbench's report and its log, a line a transaction, without those that ended in the first `lead`. The log is removed.
+pub(super) fn pgbench(text: &str, root: &Path, lead: Duration) -> Result<Figures> {
     let wrong = || unreadable("pgbench", text);
     let failed = text
         .lines()
         .find_map(|l| l.strip_prefix("number of failed transactions: "));
-    if failed.is_some_and(|f| !f.starts_with("0 ")) {
+    let ended = text.lines().any(|l| l.starts_with("tps = "));
+    if !ended || failed.is_some_and(|f| !f.starts_with("0 ")) {
         return Err(wrong());
     }
-    let per_second = text
-        .lines()
-        .find_map(|l| l.strip_prefix("tps = "))
-        .and_then(|l| l.split_whitespace().next()?.parse().ok())
-        .ok_or_else(wrong)?;
     let dir = root.join("tmp");
-    let mut times: Vec<f64> = Vec::new();
+    let mut transactions: Vec<(f64, f64)> = Vec::new();
     for entry in std::fs::read_dir(&dir)
         .context(|| format!("read {}", dir.display()))?
         .flatten()
@@ -109,12 +115,14 @@ pub(super) fn pgbench(text: &str, root: &Path) -> Result<Figures> {
         }
         let path = entry.path();
         let log = std::fs::read_to_string(&path).context(|| format!("read {}", path.display()))?;
-        times.extend(
-            log.lines()
-                .filter_map(|l| l.split(' ').nth(2)?.parse::<f64>().ok()),
-        );
+        transactions.extend(log.lines().filter_map(transaction));
         std::fs::remove_file(&path).context(|| format!("remove {}", path.display()))?;
     }
+    let begun = |(end, time): &(f64, f64)| end - time * 1e-6;
+    let begin = transactions.iter().map(begun).fold(f64::MAX, f64::min) + lead.as_secs_f64();
+    transactions.retain(|(end, _)| *end >= begin);
+    let end = transactions.iter().map(|t| t.0).fold(begin, f64::max);
+    let mut times: Vec<f64> = transactions.iter().map(|t| t.1).collect();
     times.sort_by(f64::total_cmp);
     let at = |quantile: f64| {
         let rank = (quantile * times.len() as f64).ceil() as usize;
@@ -122,7 +130,7 @@ pub(super) fn pgbench(text: &str, root: &Path) -> Result<Figures> {
     };
     Ok(Figures {
         samples: times.len() as u64,
-        per_second,
+        per_second: times.len() as f64 / (end - begin).max(1e-6),
         p50_us: at(0.5)?,
         p99_us: at(0.99)?,
         fewest_answers: 1.0,
@@ -152,27 +160,34 @@ mod tests {
     }
 
     #[test]
-    fn pgbenchs_log_gives_the_quantiles() {
+    fn pgbenchs_log_gives_the_quantiles_without_the_lead() {
         let dir = tempfile::tempdir().expect("tempdir");
         std::fs::create_dir(dir.path().join("tmp")).expect("mkdir");
+        // One every 10 ms, the slow ones first.
         let log: String = (1..=100)
-            .rev()
-            .map(|n| format!("0 {n} {n} 0 1700000000 12\n"))
+            .map(|n| {
+                format!(
+                    "0 {n} {} 0 1700000000 {:06}\n",
+                    101 - n,
+                    100 + (n - 1) * 10_000
+                )
+            })
             .collect();
-        std::fs::write(dir.path().join("tmp/pgbench.17"), log).expect("write");
         let report = "number of failed transactions: 0 (0.000%)\ntps = 1234.5 (without initial connection time)\n";
-        let figures = pgbench(report, dir.path()).expect("a report");
-        assert_eq!(
-            (
-                figures.samples,
-                figures.p50_us,
-                figures.p99_us,
-                figures.per_second
-            ),
-            (100, 50.0, 99.0, 1234.5)
-        );
-        assert!(pgbench(report, dir.path()).is_err(), "the log is used up");
-        assert!(pgbench(&report.replace(": 0 ", ": 7 "), dir.path()).is_err());
+        for (lead, samples, p50, p99) in [(0, 100, 50.0, 99.0), (500, 50, 25.0, 50.0)] {
+            std::fs::write(dir.path().join("tmp/pgbench.17"), &log).expect("write");
+            let figures =
+                pgbench(report, dir.path(), Duration::from_millis(lead)).expect("a report");
+            assert_eq!(
+                (figures.samples, figures.p50_us, figures.p99_us),
+                (samples, p50, p99)
+            );
+            assert!((figures.per_second - 100.0).abs() < 4.0, "{figures:?}");
+        }
+        let refused = |report: &str| pgbench(report, dir.path(), Duration::ZERO).is_err();
+        assert!(refused(report), "the log is used up");
+        std::fs::write(dir.path().join("tmp/pgbench.17"), &log).expect("write");
+        assert!(refused(&report.replace(": 0 ", ": 7 ")) && refused("killed"));
     }
 
     #[test]

@@ -335,6 +335,17 @@ impl AppPod<'_, '_> {
             .success()
     }
 
+    /// What a command prints that runs in the container to its end. Unlike [`AppPod::exec`] it does not linger, since it prints to a file.
+    pub fn exec_and_read(&self, command: &[String]) -> Result<String> {
+        const PRINTED: &str = "tmp/printed";
+        let script = format!("exec \"$@\" >/{PRINTED}");
+        let shell = ["sh", "-c", &script, "sh"].map(str::to_owned);
+        let words = shell.into_iter().chain(command.iter().cloned());
+        self.node.containerd.exec(&self.id, words)?.success()?;
+        let path = self.root.join(PRINTED);
+        std::fs::read_to_string(&path).context(|| format!("read {}", path.display()))
+    }
+
     /// Starts a command in the container, beside the test.
     pub fn exec_start(&self, exec_id: &str, command: &[String]) -> Result<Running> {
         let mut words: Vec<String> = ["tasks", "exec", "--exec-id", exec_id, &self.id]

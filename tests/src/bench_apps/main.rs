@@ -1,11 +1,14 @@
 //! `kbp-bench-apps`: real programs in pairs of containers, under the stock runtime and under kbp, with 1 and with 50 clients.
 //!
-//! Both arms alternate within a round, on the same CPUs and under containerd's default seccomp profile. Medians over the rounds go to
-//! a table and to `result.json`.
+//! Two pairs under the stock runtime and one under kbp are there at the same time, on the same CPUs and under containerd's default
+//! seccomp profile, and take short turns: stock, kbp, stock, and back. What counts is the ratio of each turn to those beside it, so
+//! that neither a machine that drifts nor its scatter from minute to minute favours an arm; the ratio of the two stock pairs, taken the
+//! same way, shows how much is chance.
 
 mod report;
+mod row;
+mod turns;
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -13,43 +16,59 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use kbp_kernel::cpu::Topology;
-use kbp_tests::apps::{App, AppNode, AppPod, Figures, Guest, PORT};
-use kbp_tests::bench::cpu::{self, Placement, Relation};
-use kbp_tests::bench::in_sandbox;
-use kbp_tests::{Runtime, Sandbox, Settings};
-use serde::Serialize;
+use kbp_tests::apps::{App, AppNode};
+use kbp_tests::bench::cpu::{self, Relation};
+use kbp_tests::bench::{Interrupt, in_sandbox};
+use kbp_tests::{Sandbox, Settings};
+
+use crate::row::Row;
+use crate::turns::Trio;
 
 /// Connections of the workload that makes a new one for each request.
 const CONNECTIONS: u32 = 10_000;
 /// Clients of the throughput figure.
 const MANY: u32 = 50;
-/// Before a measurement.
-const WARM: Duration = Duration::from_millis(300);
-/// Before one with many clients, with as many: kbp takes so long to see that nobody polls for packets then.
-const WARM_MANY: Duration = Duration::from_secs(2);
 
 /// Compares real programs under the stock runtime with the same programs under kbp.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Options {
-    /// Rounds; each measures every workload once under each arm. One takes about four minutes.
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    /// Times that everything is started afresh: how a program happens to be laid out in memory is part of the scatter.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
-    /// Seconds of a measurement.
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=20))]
-    seconds: u64,
-    /// Only workloads whose name contains one of these texts.
-    #[arg(long, value_delimiter = ',', default_value = "")]
+    /// Cycles of three turns in each round: stock, kbp, stock, and the next one back.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
+    cycles: u32,
+    /// Milliseconds of a turn that count.
+    #[arg(long, default_value_t = 400, value_parser = clap::value_parser!(u64).range(100..=20_000))]
+    turn: u64,
+    /// Milliseconds of the same load before them. With many clients kbp sees by then that nobody polls.
+    #[arg(long, default_value_t = 1200, value_parser = clap::value_parser!(u64).range(0..=20_000))]
+    lead: u64,
+    /// The same for loads of one client.
+    #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(0..=20_000))]
+    lead_one: u64,
+    /// Only workloads of these names, or whose name contains one of them where none is called so.
+    #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Connections of the programs' loads, each with one request under way.
     #[arg(long, value_delimiter = ',', default_values_t = [1, MANY], value_parser = clap::value_parser!(u32).range(1..=1000))]
     clients: Vec<u32>,
+    /// Begin with no further workload after so many seconds.
+    #[arg(long)]
+    seconds: Option<u64>,
     /// Annotation of both kbp pods, e.g. kbp.io/busy-poll=50.
     #[arg(long, value_parser = annotation)]
     annotation: Vec<(String, String)>,
+    /// Lines for the config of kbp's shim, e.g. node-busy-poll = 100.
+    #[arg(long, default_value = "")]
+    config: String,
     /// Directory for result.json.
     #[arg(long, default_value = "target/bench-apps")]
     out: PathBuf,
+    /// Add to the result.json there instead of replacing it: a long run in parts. Without --only, only what it lacks.
+    #[arg(long)]
+    add: bool,
 }
 
 fn annotation(text: &str) -> Result<(String, String), String> {
@@ -92,33 +111,62 @@ impl Workload {
             _ => &[1],
         }
     }
-}
 
-/// One measurement.
-#[derive(Debug, Clone, Copy, Serialize)]
-struct Sample {
-    #[serde(flatten)]
-    figures: Figures,
-    /// Busy seconds of all CPUs meanwhile, the start of the load included.
-    cpu_seconds: f64,
-}
+    /// The server that it talks to.
+    fn server(self) -> Option<App> {
+        match self {
+            Self::App(app) => Some(app),
+            Self::ShortConnections => Some(App::StaticC),
+            Self::NoSockets | Self::TrappedCalls => None,
+        }
+    }
 
-/// By workload, number of clients and arm (false: stock).
-type Results = BTreeMap<(Workload, u32, bool), Vec<Sample>>;
+    /// The command of a turn.
+    fn load(
+        self,
+        address: &str,
+        clients: u32,
+        [lead, length]: [Duration; 2],
+    ) -> Result<Vec<String>> {
+        let words = |text: String| text.split_whitespace().map(str::to_owned).collect();
+        let ms = length.as_millis();
+        Ok(match self {
+            Self::App(app) => app.load_after(address, clients, lead, length)?,
+            Self::ShortConnections => words(format!(
+                "/kbp/app-load connect {address}:{} {CONNECTIONS}",
+                kbp_tests::apps::PORT
+            )),
+            Self::TrappedCalls => words(format!("/kbp/app-load calls {ms}")),
+            Self::NoSockets => words(format!("/kbp/app-load syscalls {ms}")),
+        })
+    }
+}
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    in_sandbox("kbp-bench-apps", |sandbox, _| run(&options, sandbox))
+    in_sandbox("kbp-bench-apps", |sandbox, interrupt| {
+        run(&options, sandbox, interrupt)
+    })
 }
 
-fn run(options: &Options, sandbox: &Sandbox) -> Result<ExitCode> {
-    std::fs::create_dir_all(&options.out)
-        .with_context(|| format!("create {}", options.out.display()))?;
-    let topology = Topology::read()?;
-    let place = cpu::place(&topology)?;
+/// The workloads that are meant and can be run here.
+fn chosen(options: &Options, there: &[Row]) -> Result<Vec<Workload>> {
     let mut workloads = Workload::all();
-    let named = |w: &Workload| options.only.iter().any(|only| w.name().contains(only));
-    workloads.retain(named);
+    let exact = |w: &Workload| options.only.iter().any(|only| w.name() == only);
+    let within = |w: &Workload| options.only.iter().any(|only| w.name().contains(only));
+    if workloads.iter().any(exact) {
+        workloads.retain(exact);
+    } else if !options.only.is_empty() {
+        workloads.retain(within);
+    } else {
+        workloads.retain(|w| !there.iter().any(|row| row.workload == w.name()));
+    }
+    if workloads.is_empty() {
+        bail!(
+            "no workload to measure: none is called like {:?}, or all are there",
+            options.only
+        );
+    }
     workloads.retain(|w| match w {
         Workload::App(app) => match app.wanting() {
             Some(reason) => {
@@ -129,132 +177,79 @@ fn run(options: &Options, sandbox: &Sandbox) -> Result<ExitCode> {
         },
         _ => true,
     });
-    if workloads.is_empty() {
-        bail!("no workload's name contains one of {:?}", options.only);
-    }
-    let node = AppNode::start(sandbox, Settings::default())?;
-    let mut results = Results::new();
-    let mut busiest = 0.0f64;
-    for round in 1..=options.rounds {
-        busiest = busiest.max(cpu::other_work(topology.online.len())?);
-        for workload in &workloads {
-            // The arms take turns in who goes first, so that a drift of the machine favours neither.
-            for kbp in [round % 2 == 0, round % 2 == 1] {
-                let begin = Instant::now();
-                let samples = measure(options, &node, *workload, kbp, place)
-                    .with_context(|| format!("{} under {}", workload.name(), report::arm(kbp)))?;
-                eprintln!(
-                    "round {round} of {} · {} · {} · {:.1} s",
-                    options.rounds,
-                    workload.name(),
-                    report::arm(kbp),
-                    begin.elapsed().as_secs_f64()
-                );
-                for (clients, sample) in samples {
-                    results
-                        .entry((*workload, clients, kbp))
-                        .or_default()
-                        .push(sample);
+    Ok(workloads)
+}
+
+fn run(options: &Options, sandbox: &Sandbox, interrupt: &Interrupt) -> Result<ExitCode> {
+    let begun = Instant::now();
+    std::fs::create_dir_all(&options.out)
+        .with_context(|| format!("create {}", options.out.display()))?;
+    let topology = Topology::read()?;
+    let place = cpu::place(&topology)?;
+    let mut rows = match options.add {
+        true => row::read(&options.out)?,
+        false => Vec::new(),
+    };
+    let settings = Settings {
+        kbp_config: format!("{}\n", options.config),
+        ..Settings::default()
+    };
+    let node = AppNode::start(sandbox, settings)?;
+    let other_work = cpu::other_work(topology.online.len())?;
+    for workload in chosen(options, &rows)? {
+        let late = |s: u64| begun.elapsed() >= Duration::from_secs(s);
+        if options.seconds.is_some_and(late) {
+            eprintln!("{}: left out: no time", workload.name());
+            continue;
+        }
+        rows.retain(|row| row.workload != workload.name());
+        for round in 1..=options.rounds {
+            let begin = Instant::now();
+            let mut trio = Trio::start(options, &node, sandbox, workload, place)
+                .with_context(|| format!("start {}", workload.name()))?;
+            for clients in workload.clients(options) {
+                let row = row::of(&mut rows, workload.name(), *clients);
+                for cycle in 0..options.cycles {
+                    interrupt_check(interrupt)?;
+                    let cycle = trio
+                        .cycle(options, *clients, (round + cycle) % 2 == 0)
+                        .with_context(|| format!("{} with {clients}", workload.name()))?;
+                    row.cycles.push(cycle);
                 }
             }
+            trio.remove()?;
             // What is there stays when the rest is broken off.
-            report::write_results(&options.out, &results)?;
+            row::write(&options.out, &rows)?;
+            eprintln!(
+                "round {round} of {} · {} · {:.1} s",
+                options.rounds,
+                workload.name(),
+                begin.elapsed().as_secs_f64()
+            );
         }
     }
-    println!("{}", report::table(&results));
+    println!("{}", report::table(&rows));
     let relation = match place.relation {
         Relation::Cores => "different cores",
         Relation::Threads => "two threads of one core",
         Relation::Same => "the same CPU, for want of another",
     };
     println!(
-        "Medians of {} rounds of {} s; client on CPU {}, server on CPU {} ({relation}); other work took up to {:.0} % of the CPU time before a round.\nWritten: {}",
-        options.rounds,
-        options.seconds,
+        "Client on CPU {}, server on CPU {} ({relation}); turns of {} ms after {} ms of the same (1 client: {} ms); other work took {:.0} % of the CPU time at the start.\nWritten: {}",
         place.client,
         place.server,
-        100.0 * busiest,
-        options.out.join("result.json").display()
+        options.turn,
+        options.lead,
+        options.lead_one,
+        100.0 * other_work,
+        row::file(&options.out).display()
     );
     Ok(ExitCode::SUCCESS)
 }
 
-/// Measures one workload under one arm, for each of its numbers of clients.
-fn measure(
-    options: &Options,
-    node: &AppNode<'_>,
-    workload: Workload,
-    kbp: bool,
-    place: Placement,
-) -> Result<Vec<(u32, Sample)>> {
-    let runtime = if kbp { Runtime::Kbp } else { Runtime::Stock };
-    let on = |cpu: kbp_kernel::CpuId| {
-        move |mut guest: Guest| {
-            guest.cpus = Some(cpu.to_string());
-            guest.annotations = options.annotation.clone();
-            guest
-        }
-    };
-    let server = match workload {
-        Workload::App(app) => Some(app.serve(node, runtime, on(place.server))?),
-        Workload::ShortConnections => Some(App::StaticC.serve(node, runtime, on(place.server))?),
-        Workload::NoSockets | Workload::TrappedCalls => None,
-    };
-    let client = node.pod(
-        runtime,
-        &on(place.client)(Guest::idle("client")),
-        |_| Ok(()),
-    )?;
-    // What is measured must not be a start from cold.
-    one(workload, &client, server.as_ref(), 1, WARM)?;
-    let mut samples = Vec::new();
-    for clients in workload.clients(options) {
-        let length = Duration::from_secs(options.seconds);
-        if *clients > 1 {
-            one(workload, &client, server.as_ref(), *clients, WARM_MANY)?;
-        }
-        let measured = one(workload, &client, server.as_ref(), *clients, length).or_else(|error| {
-            // Fifty backends may take longer to start than they are measured for, on a busy machine.
-            eprintln!("{}: once more: {error:#}", workload.name());
-            one(workload, &client, server.as_ref(), *clients, 2 * length)
-        });
-        samples.push((*clients, measured?));
+fn interrupt_check(interrupt: &Interrupt) -> Result<()> {
+    if interrupt.came() {
+        bail!("interrupted");
     }
-    client.remove()?;
-    if let Some(server) = server {
-        server.remove()?;
-    }
-    Ok(samples)
-}
-
-fn one(
-    workload: Workload,
-    client: &AppPod<'_, '_>,
-    server: Option<&AppPod<'_, '_>>,
-    clients: u32,
-    length: Duration,
-) -> Result<Sample> {
-    let address = server.map_or("", AppPod::address);
-    let words = |text: String| text.split_whitespace().map(str::to_owned).collect();
-    let command: Vec<String> = match workload {
-        Workload::App(app) => app.load_command(address, clients, length)?,
-        Workload::ShortConnections => {
-            let count = if length > WARM { CONNECTIONS } else { 100 };
-            words(format!("/kbp/app-load connect {address}:{PORT} {count}"))
-        }
-        Workload::TrappedCalls => words(format!("/kbp/app-load calls {}", length.as_millis())),
-        Workload::NoSockets => words(format!("/kbp/app-load syscalls {}", length.as_millis())),
-    };
-    let before = cpu::busy_seconds()?;
-    let output = client.exec(&command)?;
-    let cpu_seconds = cpu::busy_seconds()? - before;
-    let app = match workload {
-        Workload::App(app) => app,
-        _ => App::StaticC,
-    };
-    let figures = app.figures(&output.stdout, client.root())?;
-    Ok(Sample {
-        figures,
-        cpu_seconds,
-    })
+    Ok(())
 }

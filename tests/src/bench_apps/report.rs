@@ -1,107 +1,81 @@
-//! The table and the JSON file.
+//! The table.
 
 use std::fmt::Write as _;
-use std::path::Path;
 
-use anyhow::Result;
-use kbp_tests::bench::{over, write_json};
-use serde::Serialize;
+use kbp_tests::bench::{Interval, over};
 
-use crate::{Results, Sample, Workload};
+use crate::row::{Row, Turn};
 
-/// Name of an arm.
-pub(crate) fn arm(kbp: bool) -> &'static str {
-    if kbp { "kbp" } else { "stock" }
-}
-
-/// Medians of one arm.
-#[derive(Debug, Clone, Copy, Serialize)]
-struct Medians {
-    p50_us: f64,
-    p99_us: f64,
-    per_second: f64,
-    cpu_us_per_answer: f64,
-    /// Of the connection with the fewest, against their mean; 1 where the load does not tell.
-    fewest_answers: f64,
-}
-
-/// A row of `result.json`.
-#[derive(Debug, Serialize)]
-struct Row<'a> {
-    workload: &'static str,
-    clients: u32,
-    arm: &'static str,
-    median: Medians,
-    rounds: &'a [Sample],
-}
-
-fn medians(samples: &[Sample]) -> Medians {
-    Medians {
-        p50_us: over(samples, |s| s.figures.p50_us),
-        p99_us: over(samples, |s| s.figures.p99_us),
-        per_second: over(samples, |s| s.figures.per_second),
-        fewest_answers: over(samples, |s| s.figures.fewest_answers),
-        cpu_us_per_answer: over(samples, |s| {
-            1e6 * s.cpu_seconds / s.figures.samples.max(1) as f64
-        }),
+/// What is promised of a workload: whether it is kept, by its ratios kbp / stock, and by kbp's median.
+fn verdict(row: &Row, [p50, p99, rate]: [Interval; 3], p50_us: f64) -> String {
+    let kept = |promise: &str, kept: bool| {
+        format!("{} ({promise})", if kept { "kept" } else { "NOT kept" })
+    };
+    match (row.workload.as_str(), row.clients) {
+        ("short-connections", _) => kept("rate ≥ 0.90", rate.median >= 0.9),
+        ("no-sockets", _) => kept("p50 ≤ 1.02", p50.median <= 1.02),
+        ("trapped-calls", _) => kept("p50 ≤ 12 µs", p50_us <= 12.0),
+        (_, 1) => kept(
+            "p50 ≤ 0.35, p99 ≤ 0.60",
+            p50.median <= 0.35 && p99.median <= 0.6,
+        ),
+        _ if rate.median >= 1.0 => kept("rate ≥ 1.00", true),
+        _ if rate.contains(1.0) => "not told apart (rate ≥ 1.00)".to_owned(),
+        _ => kept("rate ≥ 1.00", false),
     }
 }
 
-/// Writes `result.json`: medians and every round.
-pub(crate) fn write_results(directory: &Path, results: &Results) -> Result<()> {
-    let rows: Vec<Row<'_>> = results
-        .iter()
-        .map(|((workload, clients, kbp), samples)| Row {
-            workload: workload.name(),
-            clients: *clients,
-            arm: arm(*kbp),
-            median: medians(samples),
-            rounds: samples,
-        })
-        .collect();
-    write_json(&directory.join("result.json"), &rows)
-}
-
-/// What is promised of a workload: whether it is kept, by its ratios kbp / stock, and by kbp's median.
-fn verdict(workload: Workload, clients: u32, [p50, p99, rate]: [f64; 3], p50_us: f64) -> String {
-    let (promise, kept) = match (workload, clients) {
-        (Workload::App(_), 1) => ("p50 ≤ 0.35, p99 ≤ 0.60", p50 <= 0.35 && p99 <= 0.6),
-        (Workload::App(_), _) => ("rate ≥ 1.00", rate >= 1.0),
-        (Workload::ShortConnections, _) => ("rate ≥ 0.90", rate >= 0.9),
-        (Workload::NoSockets, _) => ("p50 ≤ 1.02", p50 <= 1.02),
-        (Workload::TrappedCalls, _) => ("p50 ≤ 12 µs", p50_us <= 12.0),
-    };
-    format!("{} ({promise})", if kept { "kept" } else { "NOT kept" })
-}
-
-/// A row a workload and number of clients, both arms side by side.
-pub(crate) fn table(results: &Results) -> String {
+/// A row a workload and number of clients.
+pub(crate) fn table(rows: &[Row]) -> String {
     let mut text = String::from(
-        "| workload | clients | p50 µs stock → kbp | ratio | p99 µs stock → kbp | ratio | answers/s stock → kbp | ratio | CPU µs/answer stock → kbp | least served stock → kbp | promise |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|\n",
+        "| workload | clients | p50 µs stock → kbp | ratio | p99 µs stock → kbp | ratio | answers/s stock → kbp | ratio | stock / stock: p50 | rate | CPU µs/answer stock → kbp | least served stock → kbp | short way | idle pairs' CPU | promise |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|\n",
     );
-    for ((workload, clients, kbp), samples) in results {
-        let Some(stock) = results.get(&(*workload, *clients, false)).filter(|_| *kbp) else {
+    for row in rows {
+        let ratios = [
+            row.ratio(|t| t.figures.p50_us),
+            row.ratio(|t| t.figures.p99_us),
+            row.ratio(|t| t.figures.per_second),
+            row.control(|t| t.figures.p50_us),
+            row.control(|t| t.figures.per_second),
+        ];
+        let [
+            Some(p50),
+            Some(p99),
+            Some(rate),
+            Some(same_p50),
+            Some(same_rate),
+        ] = ratios
+        else {
             continue;
         };
-        let (s, k) = (medians(stock), medians(samples));
-        let (p50, p99) = (k.p50_us / s.p50_us, k.p99_us / s.p99_us);
-        let rate = k.per_second / s.per_second;
+        let both = |figure: fn(&Turn) -> f64| [over(row.stock(), figure), over(row.kbp(), figure)];
+        let (p50_us, p99_us) = (both(|t| t.figures.p50_us), both(|t| t.figures.p99_us));
+        let per_second = both(|t| t.figures.per_second);
+        let cpu = both(|t| 1e6 * t.cpu_seconds / t.figures.samples.max(1) as f64);
+        let fewest = both(|t| t.figures.fewest_answers);
+        let short = |at: usize| row.kbp().filter(|t| t.short_way[at] == 2).count();
+        let others = row.stock().chain(row.kbp()).map(|t| t.others);
         // Writing to a String cannot fail.
         let _ = writeln!(
             text,
-            "| {} | {clients} | {:.1} → {:.1} | {p50:.2} | {:.1} → {:.1} | {p99:.2} | {:.0} → {:.0} | {rate:.2} | {:.1} → {:.1} | {:.2} → {:.2} | {} |",
-            workload.name(),
-            s.p50_us,
-            k.p50_us,
-            s.p99_us,
-            k.p99_us,
-            s.per_second,
-            k.per_second,
-            s.cpu_us_per_answer,
-            k.cpu_us_per_answer,
-            s.fewest_answers,
-            k.fewest_answers,
-            verdict(*workload, *clients, [p50, p99, rate], k.p50_us),
+            "| {} | {} | {:.1} → {:.1} | {p50} | {:.1} → {:.1} | {p99} | {:.0} → {:.0} | {rate} | {same_p50} | {same_rate} | {:.1} → {:.1} | {:.2} → {:.2} | {} to {} of {} | {:.2} % | {} |",
+            row.workload,
+            row.clients,
+            p50_us[0],
+            p50_us[1],
+            p99_us[0],
+            p99_us[1],
+            per_second[0],
+            per_second[1],
+            cpu[0],
+            cpu[1],
+            fewest[0],
+            fewest[1],
+            short(0),
+            short(1),
+            row.cycles.len(),
+            100.0 * others.fold(0.0, f64::max),
+            verdict(row, [p50, p99, rate], p50_us[1]),
         );
     }
     text
@@ -109,43 +83,34 @@ pub(crate) fn table(results: &Results) -> String {
 
 #[cfg(test)]
 mod tests {
-    use kbp_tests::apps::{App, Figures};
-
     use super::*;
-    use crate::MANY;
-
-    fn sample(p50_us: f64, per_second: f64) -> Sample {
-        Sample {
-            figures: Figures {
-                samples: 100,
-                per_second,
-                p50_us,
-                p99_us: 2.0 * p50_us,
-                fewest_answers: 1.0,
-            },
-            cpu_seconds: 1.0,
-        }
-    }
+    use crate::row::tests::row;
 
     #[test]
-    fn the_table_has_ratios_of_medians_and_what_is_kept() {
-        let redis = Workload::App(App::Redis);
-        let mut results = Results::new();
-        results.insert((redis, 1, false), vec![sample(100.0, 10.0)]);
-        results.insert(
-            (redis, 1, true),
-            vec![sample(30.0, 20.0), sample(900.0, 20.0), sample(20.0, 20.0)],
-        );
-        results.insert((redis, MANY, false), vec![sample(100.0, 10.0)]);
-        results.insert((redis, MANY, true), vec![sample(100.0, 9.0)]);
-        let text = table(&results);
-        let lines: Vec<&str> = text.lines().collect();
+    fn the_table_has_ratios_with_their_intervals_and_what_is_kept() {
+        let rows = [
+            row("redis", 1, &[110.0; 6]),
+            row("redis", 50, &[121.0; 6]),
+            row("go-http", 50, &[99.0, 104.5, 104.5, 104.5, 104.5, 115.5]),
+            row("static-c", 50, &[99.0; 6]),
+            row("node-http", 50, &[]),
+        ];
+        let text = table(&rows);
+        let lines: Vec<&str> = text.lines().skip(2).collect();
         assert_eq!(lines.len(), 4, "{text}");
-        assert!(
-            lines[2].contains("| redis | 1 | 100.0 → 30.0 | 0.30 |"),
-            "{text}"
-        );
-        assert!(lines[2].contains("| kept (p50"), "{text}");
-        assert!(lines[3].contains("NOT kept (rate"), "{text}");
+        for (line, start, verdict) in [
+            (
+                lines[0],
+                "| redis | 1 | 10.0 → 3.0 | 0.30 (0.30 to 0.30) |",
+                "| kept (p50",
+            ),
+            (lines[1], "| redis | 50 |", "| kept (rate"),
+            (lines[2], "| go-http | 50 |", "| not told apart (rate"),
+            (lines[3], "| static-c | 50 |", "| NOT kept (rate"),
+        ] {
+            assert!(line.starts_with(start) && line.contains(verdict), "{line}");
+        }
+        assert!(lines[2].contains("| 0.95 (0.90 to 1.05) | 1.00"), "{text}");
+        assert!(lines[0].contains("| 6 to 6 of 6 | 0.10 % |"), "{text}");
     }
 }

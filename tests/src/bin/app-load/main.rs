@@ -3,9 +3,13 @@
 //!
 //! `app-load echo|http|memcache|resp ADDRESS CLIENTS MILLISECONDS [RATE]` (with a rate, requests come at that many a second whether or
 //! not earlier ones are answered, and wait for a free connection; their time counts from when they were due),
+//! `app-load --after MILLISECONDS …` (the same without a rate; what is answered before that counts for nothing),
+//! `app-load [--after MILLISECONDS] postgres ADDRESS CLIENTS MILLISECONDS` (PostgreSQL's protocol, a thread a connection, which blocks),
 //! `app-load connect ADDRESS COUNT` (short connections to an echo server, one after the other), `app-load calls MILLISECONDS` (a call
 //! that kbp's shim answers, and that does next to nothing itself: `connect` of a UDP socket) or
 //! `app-load syscalls MILLISECONDS` (a program without sockets). Prints one JSON object.
+
+mod postgres;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
@@ -112,6 +116,28 @@ fn judge_http(bytes: &[u8]) -> Option<bool> {
     )
 }
 
+/// How long a load lasts, and from when on it counts.
+#[derive(Debug, Clone, Copy)]
+struct Span {
+    lead: Duration,
+    length: Duration,
+}
+
+impl Span {
+    fn counts(self, begin: Instant, now: Instant) -> bool {
+        now.duration_since(begin) >= self.lead
+    }
+
+    fn goes_on(self, begin: Instant, now: Instant) -> bool {
+        now.duration_since(begin) < self.lead + self.length
+    }
+
+    /// For how long answers have counted.
+    fn counted(self, begin: Instant) -> Duration {
+        begin.elapsed().saturating_sub(self.lead)
+    }
+}
+
 /// One connection with the request that is under way.
 struct Connection {
     stream: TcpStream,
@@ -202,7 +228,7 @@ fn wait(epoll: &Epoll, events: &mut [EpollEvent], under_way: usize) -> Result<us
     }
 }
 
-fn load(protocol: &Protocol, address: &str, clients: usize, length: Duration) -> Result<()> {
+fn load(protocol: &Protocol, address: &str, clients: usize, span: Span) -> Result<()> {
     let (epoll, mut connections) = connections(protocol, address, clients)?;
     let mut latency = Histogram::<u64>::new(3).context("histogram")?;
     let mut events = vec![EpollEvent::empty(); clients];
@@ -218,16 +244,19 @@ fn load(protocol: &Protocol, address: &str, clients: usize, length: Duration) ->
             if !connection.take(&protocol.answer)? {
                 continue;
             }
-            latency.record(u64::try_from(connection.sent.elapsed().as_nanos())?)?;
-            connection.answers += 1;
-            if begin.elapsed() < length {
+            let now = Instant::now();
+            if span.counts(begin, now) {
+                latency.record(u64::try_from((now - connection.sent).as_nanos())?)?;
+                connection.answers += 1;
+            }
+            if span.goes_on(begin, now) {
                 connection.ask(&protocol.request)?;
             } else {
                 under_way -= 1;
             }
         }
     }
-    let elapsed = begin.elapsed();
+    let elapsed = span.counted(begin);
     let fewest = connections.iter().map(|c| c.answers).min().unwrap_or(0);
     let mean = latency.len() as f64 / clients as f64;
     tell(&latency, elapsed, fewest as f64 / mean);
@@ -358,8 +387,6 @@ fn tell(latency: &Histogram<u64>, elapsed: Duration, fewest_answers: f64) {
             "fewest_answers": fewest_answers,
         })
     );
-    // Who reads the output may stop reading when it hears of the end.
-    std::thread::sleep(Duration::from_millis(100));
 }
 
 fn main() -> Result<()> {
@@ -371,32 +398,43 @@ fn main() -> Result<()> {
                 .with_context(|| format!("milliseconds: {text}"))?,
         ))
     };
-    match words[..] {
+    let (lead, words) = match words[..] {
+        ["--after", lead, ref rest @ ..] => (milliseconds(lead)?, rest),
+        ref all => (Duration::ZERO, all),
+    };
+    let span = |length: &str| -> Result<Span> {
+        Ok(Span {
+            lead,
+            length: milliseconds(length)?,
+        })
+    };
+    let number =
+        |text: &str| -> Result<usize> { text.parse().with_context(|| format!("clients: {text}")) };
+    match *words {
         ["connect", address, count] => connect(
             address,
             count.parse().with_context(|| format!("count: {count}"))?,
         ),
         ["calls", length] => calls(milliseconds(length)?),
         ["syscalls", length] => syscalls(milliseconds(length)?),
+        ["postgres", address, clients, length] => {
+            postgres::load(address, number(clients)?, span(length)?)
+        }
         [protocol, address, clients, length, rate] => open_loop(
             &Protocol::named(protocol)?,
             address,
-            clients
-                .parse()
-                .with_context(|| format!("clients: {clients}"))?,
+            number(clients)?,
             milliseconds(length)?,
             rate.parse().with_context(|| format!("rate: {rate}"))?,
         ),
         [protocol, address, clients, length] => load(
             &Protocol::named(protocol)?,
             address,
-            clients
-                .parse()
-                .with_context(|| format!("clients: {clients}"))?,
-            milliseconds(length)?,
+            number(clients)?,
+            span(length)?,
         ),
         _ => bail!(
-            "usage: app-load echo|http|memcache|resp ADDRESS CLIENTS MILLISECONDS [RATE] | connect ADDRESS COUNT | calls MILLISECONDS | syscalls MILLISECONDS"
+            "usage: app-load [--after MILLISECONDS] echo|http|memcache|resp|postgres ADDRESS CLIENTS MILLISECONDS [RATE] | connect ADDRESS COUNT | calls MILLISECONDS | syscalls MILLISECONDS"
         ),
     }
 }
