@@ -233,6 +233,47 @@ fn blocking_threads_poll_while_they_are_few() {
     its_threads_poll_while_they_are_few(App::BlockingThreads);
 }
 
+/// A client that neither listens nor has an epoll instance, with a thread for each connection, all on one CPU.
+#[test]
+fn a_client_that_blocks_in_many_threads_does_not_poll() {
+    const LONG: Duration = Duration::from_secs(20);
+    let _alone = ONE_CPU.lock().unwrap_or_else(PoisonError::into_inner);
+    let sandbox = Sandbox::new().expect("private node");
+    let node = AppNode::start(&sandbox, Settings::default()).expect("node");
+    let server = App::PostgresBlocking.serve(&node, Runtime::Kbp, |guest| guest);
+    let server = server.expect("server");
+    let usable = kbp_kernel::cpu::usable().expect("cpus");
+    let mut guest = Guest::idle("client");
+    guest.cpus = usable.iter().next().map(|cpu| cpu.to_string());
+    let client = node.pod(Runtime::Kbp, &guest, |_| Ok(())).expect("client");
+    let command = App::PostgresBlocking.load_command(server.address(), 2 * CLIENTS, LONG);
+    let command = command.expect("load");
+    let mut load = client.exec_start("load", &command).expect("load");
+    let looked = wait_until("windows that are gone", LONG, || {
+        let here = sockets(&client.processes());
+        let states = state::read_all(&sandbox.dir().join("run/kbp")).map_err(|e| e.to_string())?;
+        let client = states.into_iter().find(|s| s.id == "client");
+        let reason = client.map(|s| s.busy_poll_reason).unwrap_or_default();
+        match here.inet.len() >= CLIENTS as usize
+            && here.all_poll_for(0)
+            && reason.contains("blocking connections of process")
+        {
+            true => Ok(()),
+            false => Err(format!("{here:?}, {reason}")),
+        }
+    });
+    for pid in client.processes() {
+        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        if name.trim() == "app-load" {
+            let _ = kbp_kernel::process::kill(pid, 9);
+        }
+    }
+    load.wait(LIMIT).expect("end of the load");
+    looked.expect("too many threads would poll");
+    client.remove().expect("remove the client");
+    server.remove().expect("remove the server");
+}
+
 /// tokio's registry is a second descriptor of its epoll instance: one loop, on one CPU, which goes on polling.
 #[test]
 fn a_registry_that_is_a_copy_is_no_second_event_loop() {

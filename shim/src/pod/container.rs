@@ -79,7 +79,11 @@ impl Container {
     ) -> Option<Looked> {
         let treatment = self.treatment?;
         self.course.decided().micros?;
-        let Listed { processes, own, .. } = self.processes();
+        let Listed {
+            processes,
+            own,
+            cgroup,
+        } = self.processes();
         let settled = !self.course.tries() && self.course.adaptive().wants(now).is_none();
         if self.rest.goes_on(own, now) && settled && self.watch.is_some() {
             return Some(Looked {
@@ -103,6 +107,13 @@ impl Container {
         let from = self.course.window().micros;
         let polls = |pid| !self.pollers.is_crowded(pid);
         let look = watch.look(&processes, from, polls);
+        for pid in look.several() {
+            // Asked when it is open: what the number means then is in the container.
+            let its = || cgroup.as_ref().is_some_and(|cgroup| cgroup.contains(pid));
+            if let Some(process) = PidFd::open(pid).ok().filter(|_| its()) {
+                self.pollers.watch(pid, process);
+            }
+        }
         let neighbours = self.neighbours(own);
         if self.course.step(&look, neighbours, widest, now) {
             let wide = self.course.window().micros;

@@ -4,6 +4,9 @@
 //! the pod end are only a way round. Then the host end has TSO and packets come over the backlog, as on any veth, until threads sleep
 //! for packets again or there are few of them. A pod whose threads sleep again each time is left on the long way for longer each time;
 //! one whose clients have only gone, and may be back any moment, is not.
+//!
+//! Where a process or a thread serves each connection they all sleep, and yet polling receives next to nothing: there is always another
+//! one to run. What polling would receive cannot be told from their sleeps then, so the short way is taken on trial.
 
 use std::time::{Duration, Instant};
 
@@ -19,6 +22,11 @@ const FEW: f64 = 10_000.0;
 const POLLED: f64 = 0.05;
 /// Sleeps for each packet of threads that wait for packets.
 const SLEEPS: f64 = 0.1;
+/// How long it is taken on trial where threads sleep anyway: then polling is looked at again. Twice as long after each that was right, up
+/// to the longest pause.
+const TRIAL: Duration = Duration::from_secs(30);
+/// Share of the most packets on trial below which it is another load.
+const SAME: f64 = 0.5;
 /// Looks in a row that have to show that nobody polls, or that few packets come.
 const LOOKS: u32 = 2;
 /// What is counted over less tells nothing.
@@ -59,10 +67,18 @@ pub(super) struct ShortWay {
     slept: f64,
     looked: Option<Instant>,
     strikes: u32,
-    /// Since when it is taken.
-    taken: Option<Instant>,
+    taken: Option<Taken>,
     not_before: Option<Instant>,
     pause: Duration,
+    trial: Duration,
+}
+
+/// That it is taken.
+#[derive(Debug, Clone, Copy)]
+struct Taken {
+    since: Instant,
+    /// Most packets a second since then, where it is on trial.
+    trial: Option<f64>,
 }
 
 impl Default for ShortWay {
@@ -75,6 +91,7 @@ impl Default for ShortWay {
             taken: None,
             not_before: None,
             pause: FIRST_PAUSE,
+            trial: TRIAL,
         }
     }
 }
@@ -116,18 +133,32 @@ impl ShortWay {
     }
 
     fn judge(&mut self, seen: &Seen, now: Instant) -> Turn {
-        if let Some(since) = self.taken {
-            if now.saturating_duration_since(since) >= PROVEN {
+        if let Some(taken) = &mut self.taken {
+            let age = now.saturating_duration_since(taken.since);
+            if age >= PROVEN {
                 self.pause = FIRST_PAUSE;
             }
             let few = seen.packets < FEW;
-            if few || seen.slept <= SLEEPS {
-                self.strikes = if few { self.strikes + 1 } else { 0 };
-                if self.strikes < LOOKS {
-                    return Turn::Stay;
+            let ended = match &mut taken.trial {
+                Some(most) => {
+                    *most = most.max(seen.packets);
+                    let another = seen.packets < SAME * *most;
+                    let over = age >= self.trial;
+                    if another {
+                        self.trial = TRIAL;
+                    } else if over {
+                        self.trial = (2 * self.trial).min(LONGEST_PAUSE);
+                    }
+                    over || another
                 }
+                None => !few && seen.slept > SLEEPS,
+            };
+            let on_trial = taken.trial.is_some();
+            self.strikes = if few { self.strikes + 1 } else { 0 };
+            if !ended && self.strikes < LOOKS {
+                return Turn::Stay;
             }
-            if !few {
+            if ended && !on_trial {
                 self.not_before = Some(now + self.pause);
                 self.pause = (2 * self.pause).min(LONGEST_PAUSE);
             }
@@ -135,8 +166,11 @@ impl ShortWay {
             self.taken = None;
             return Turn::Leave;
         }
-        let nobody_waits = seen.packets >= MANY && seen.polled <= POLLED && seen.slept <= SLEEPS;
-        if !nobody_waits || self.not_before.is_some_and(|at| now < at) {
+        let in_vain = seen.packets >= MANY && seen.polled <= POLLED;
+        if seen.polled > POLLED {
+            self.trial = TRIAL;
+        }
+        if !in_vain || self.not_before.is_some_and(|at| now < at) {
             self.strikes = 0;
             return Turn::Stay;
         }
@@ -145,11 +179,15 @@ impl ShortWay {
             return Turn::Stay;
         }
         self.strikes = 0;
-        self.taken = Some(now);
+        self.taken = Some(Taken {
+            since: now,
+            trial: (seen.slept > SLEEPS).then_some(seen.packets),
+        });
         Turn::Take(format!(
-            "{:.0} packets a second came, of which polling received {:.0} %",
+            "{:.0} packets a second came, of which polling received {:.0} %, and threads slept {:.0} times",
             seen.packets,
-            100.0 * seen.polled
+            100.0 * seen.polled,
+            seen.slept * seen.packets
         ))
     }
 }
@@ -181,10 +219,6 @@ mod tests {
                 polled: 0.2,
                 ..CROWD
             },
-            Seen {
-                slept: 0.3,
-                ..CROWD
-            },
         ] {
             let mut way = ShortWay::default();
             for _ in 0..3 {
@@ -194,6 +228,65 @@ mod tests {
             assert!(matches!(way.judge(&CROWD, now), Turn::Take(_)));
             assert!(way.is_taken());
         }
+    }
+
+    #[test]
+    fn where_threads_sleep_and_polling_is_in_vain_it_is_taken_on_trial() {
+        let asleep = Seen {
+            slept: 0.8,
+            ..CROWD
+        };
+        let one = Seen {
+            packets: 14_000.0,
+            ..asleep
+        };
+        let start = Instant::now();
+        for (then, after, left) in [
+            (asleep, TRIAL / 2, false),
+            (asleep, TRIAL, true),
+            (one, TRIAL / 2, true),
+        ] {
+            let mut way = ShortWay::default();
+            assert_eq!(way.judge(&asleep, start), Turn::Stay);
+            assert!(matches!(way.judge(&asleep, start), Turn::Take(_)));
+            assert_eq!(way.judge(&asleep, start), Turn::Stay);
+            let now = start + after;
+            assert_eq!(way.judge(&then, now) == Turn::Leave, left, "{then:?}");
+            // Polling is looked at again, and what it brings decides.
+            let polled = Seen {
+                polled: 0.9,
+                ..then
+            };
+            if left {
+                assert_eq!(way.judge(&polled, now), Turn::Stay);
+                assert_eq!(way.judge(&asleep, now), Turn::Stay);
+                assert!(matches!(way.judge(&asleep, now), Turn::Take(_)));
+            }
+        }
+    }
+
+    #[test]
+    fn trials_are_longer_each_time_that_they_were_right() {
+        let asleep = Seen {
+            slept: 0.8,
+            ..CROWD
+        };
+        let mut way = ShortWay::default();
+        let mut now = Instant::now();
+        for length in [30, 60, 120, 240, 300, 300] {
+            way.judge(&asleep, now);
+            assert!(matches!(way.judge(&asleep, now), Turn::Take(_)));
+            now += Duration::from_secs(length - 1);
+            assert_eq!(way.judge(&asleep, now), Turn::Stay, "{length}");
+            now += Duration::from_secs(1);
+            assert_eq!(way.judge(&asleep, now), Turn::Leave, "{length}");
+        }
+        let polled = Seen {
+            polled: 0.9,
+            ..asleep
+        };
+        assert_eq!(way.judge(&polled, now), Turn::Stay);
+        assert_eq!(way.trial, TRIAL);
     }
 
     #[test]

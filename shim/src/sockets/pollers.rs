@@ -2,8 +2,8 @@
 //!
 //! memcached makes an epoll instance for each of its threads, HAProxy too, and others have a thread for each connection, which blocks.
 //! With more of them on the way than the process may use CPUs, each spins while the others wait for its CPU. At a rate that a CPU bears
-//! easily that can take all of it. So for each process that listens or makes epoll instances under `auto` those epoll instances are
-//! counted that watch a connection, and the connections that are waited for by blocking. While they are more than the CPUs, the process
+//! easily that can take all of it. So for each process that listens or makes epoll instances under `auto`, or of which several threads are
+//! seen to run or to sleep often, as those of a client that blocks in each of its connections, those epoll instances are counted that watch a connection, and the connections that are waited for by blocking. While they are more than the CPUs, the process
 //! has no window; it gets that of its container when they have been few enough for two looks.
 
 use std::collections::BTreeSet;
@@ -66,15 +66,20 @@ pub(super) struct Count {
 }
 
 impl Pollers {
-    /// Has a process looked at from now on.
+    /// Has a process looked at from now on that listens or makes epoll instances.
     pub fn add(&mut self, noted: Noted) {
+        self.watch(noted.pid, noted.process);
+    }
+
+    /// Has a process looked at from now on; `process`: a handle on it.
+    pub fn watch(&mut self, pid: u32, process: PidFd) {
         // The same number may be another process by now.
         let lives = |w: &Watched| w.process.signal(0).unwrap_or(true);
-        self.processes.retain(|w| w.pid != noted.pid || lives(w));
-        if self.processes.len() < MOST && !self.processes.iter().any(|w| w.pid == noted.pid) {
+        self.processes.retain(|w| w.pid != pid || lives(w));
+        if self.processes.len() < MOST && !self.processes.iter().any(|w| w.pid == pid) {
             self.processes.push(Watched {
-                pid: noted.pid,
-                process: noted.process,
+                pid,
+                process,
                 worked: Duration::ZERO,
                 counted: None,
                 crowded: None,

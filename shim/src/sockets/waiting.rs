@@ -7,7 +7,7 @@
 //!
 //! Reading /proc wakes nobody. It costs some ten microseconds a thread that has run.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::time::{Duration, Instant};
 
@@ -46,6 +46,15 @@ pub struct Look {
     pub harm: Option<String>,
     /// What those of them have done that have run or slept worth mentioning, by process and thread.
     pub steps: BTreeMap<(u32, u32), Step>,
+}
+
+impl Look {
+    /// The processes of which several threads have run or slept worth mentioning.
+    pub fn several(&self) -> BTreeSet<u32> {
+        let pids: Vec<u32> = self.steps.keys().map(|(pid, _)| *pid).collect();
+        let pairs = pids.windows(2).filter(|pair| pair[0] == pair[1]);
+        pairs.map(|pair| pair[0]).collect()
+    }
 }
 
 /// What a container's threads had done at the last look.
@@ -312,6 +321,18 @@ mod tests {
         ] {
             assert_eq!(judged(&[step], SHORT, 1), None, "{step:?}");
         }
+    }
+
+    #[test]
+    fn processes_with_several_threads_that_do_something_are_told() {
+        let threads = [(7, 7), (8, 8), (8, 9), (8, 10), (9, 11)];
+        let steps = threads.map(|thread| (thread, Step::default()));
+        let look = Look {
+            steps: steps.into_iter().collect(),
+            ..Look::default()
+        };
+        assert_eq!(look.several(), BTreeSet::from([8]));
+        assert_eq!(Look::default().several(), BTreeSet::new());
     }
 
     #[test]

@@ -39,6 +39,9 @@ struct Options {
     /// Cycles of three turns in each round: stock, kbp, stock, and the next one back.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
     cycles: u32,
+    /// The same for loads of one client, where there is more to see.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    cycles_one: u32,
     /// Milliseconds of a turn that count.
     #[arg(long, default_value_t = 400, value_parser = clap::value_parser!(u64).range(100..=20_000))]
     turn: u64,
@@ -209,7 +212,11 @@ fn run(options: &Options, sandbox: &Sandbox, interrupt: &Interrupt) -> Result<Ex
                 .with_context(|| format!("start {}", workload.name()))?;
             for clients in workload.clients(options) {
                 let row = row::of(&mut rows, workload.name(), *clients);
-                for cycle in 0..options.cycles {
+                let cycles = match clients {
+                    1 => options.cycles_one,
+                    _ => options.cycles,
+                };
+                for cycle in 0..cycles {
                     interrupt_check(interrupt)?;
                     let cycle = trio
                         .cycle(options, *clients, (round + cycle) % 2 == 0)

@@ -28,7 +28,7 @@ fn verdict(row: &Row, [p50, p99, rate]: [Interval; 3], p50_us: f64) -> String {
 /// A row a workload and number of clients.
 pub(crate) fn table(rows: &[Row]) -> String {
     let mut text = String::from(
-        "| workload | clients | p50 µs stock → kbp | ratio | p99 µs stock → kbp | ratio | answers/s stock → kbp | ratio | stock / stock: p50 | rate | CPU µs/answer stock → kbp | least served stock → kbp | short way | idle pairs' CPU | promise |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|\n",
+        "| workload | clients | p50 µs stock → kbp | ratio | p99 µs stock → kbp | ratio | answers/s stock → kbp | ratio | stock / stock: p50 | rate | CPU µs/answer stock → kbp | least served stock → kbp | pods on the short way | idle pairs' CPU | promise |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|\n",
     );
     for row in rows {
         let ratios = [
@@ -53,7 +53,7 @@ pub(crate) fn table(rows: &[Row]) -> String {
         let per_second = both(|t| t.figures.per_second);
         let cpu = both(|t| 1e6 * t.cpu_seconds / t.figures.samples.max(1) as f64);
         let fewest = both(|t| t.figures.fewest_answers);
-        let short = |at: usize| row.kbp().filter(|t| t.short_way[at] == 2).count();
+        let short = |at: usize| row.kbp().map(|t| t.short_way[at]).sum::<u32>();
         let others = row.stock().chain(row.kbp()).map(|t| t.others);
         // Writing to a String cannot fail.
         let _ = writeln!(
@@ -73,7 +73,7 @@ pub(crate) fn table(rows: &[Row]) -> String {
             fewest[1],
             short(0),
             short(1),
-            row.cycles.len(),
+            2 * row.cycles.len(),
             100.0 * others.fold(0.0, f64::max),
             verdict(row, [p50, p99, rate], p50_us[1]),
         );
@@ -111,6 +111,6 @@ mod tests {
             assert!(line.starts_with(start) && line.contains(verdict), "{line}");
         }
         assert!(lines[2].contains("| 0.95 (0.90 to 1.05) | 1.00"), "{text}");
-        assert!(lines[0].contains("| 6 to 6 of 6 | 0.10 % |"), "{text}");
+        assert!(lines[0].contains("| 12 to 12 of 12 | 0.10 % |"), "{text}");
     }
 }
