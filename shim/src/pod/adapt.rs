@@ -37,6 +37,17 @@ const RARE: Duration = Duration::from_secs(1);
 /// Most between looks that are more than one at what it has run.
 pub(super) const WHOLE: Duration = Duration::from_secs(4);
 
+/// Time between looks in that which one took: of a container with many threads it is not little, and is taken from its own CPUs.
+const REST: u32 = 100;
+
+/// `pause`, or longer after a look that took so long. Not in a trial, which is short itself.
+pub(super) fn rested(pause: Duration, took: Duration) -> Duration {
+    match pause < NEAR {
+        true => pause,
+        false => pause.max(REST * took),
+    }
+}
+
 /// What is to become of the window.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Verdict {
@@ -254,6 +265,15 @@ mod tests {
                 Verdict::GiveBack
             );
         }
+    }
+
+    #[test]
+    fn looks_take_a_hundredth_of_the_time_at_most() {
+        let ms = Duration::from_millis;
+        assert_eq!(rested(NEAR, ms(1)), NEAR);
+        assert_eq!(rested(NEAR, ms(3)), ms(300));
+        assert_eq!(rested(RARE, ms(3)), RARE);
+        assert_eq!(rested(TRIAL, ms(3)), TRIAL);
     }
 
     #[test]

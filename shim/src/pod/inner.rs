@@ -10,7 +10,7 @@ use kbp_poller::policy::BusyPoll;
 use kbp_poller::state::{Degraded, SocketCounters};
 use kbp_poller::window::Window;
 
-use super::adapt::{NEAR, Pace};
+use super::adapt::{NEAR, Pace, rested};
 use super::asked::Asked;
 use super::container::Container;
 use super::oci_runtime::OciRuntime;
@@ -89,6 +89,7 @@ impl Inner {
         if founded.asked.policy.busy_poll != BusyPoll::Auto {
             return None;
         }
+        let begun = Instant::now();
         let widest = founded.asked.config.widest();
         for noted in notifier.noted() {
             if let Some(container) = self.containers.get_mut(noted.container()) {
@@ -110,9 +111,10 @@ impl Inner {
         self.lead(cpus, slept, now);
         let tried = self.containers.values().any(|c| c.course.tries());
         let adaptive = self.containers.values().map(|c| c.course.adaptive());
-        any.then(|| match self.pace.next(adaptive, cpus, now) {
-            pause if tried => pause.min(NEAR),
-            pause => pause,
+        any.then(|| {
+            let pause = self.pace.next(adaptive, cpus, now);
+            let pause = if tried { pause.min(NEAR) } else { pause };
+            rested(pause, begun.elapsed())
         })
     }
 
