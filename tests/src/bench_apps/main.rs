@@ -205,7 +205,8 @@ fn run(options: &Options, sandbox: &Sandbox, interrupt: &Interrupt) -> Result<Ex
             eprintln!("{}: left out: no time", workload.name());
             continue;
         }
-        rows.retain(|row| row.workload != workload.name());
+        let again = workload.clients(options);
+        rows.retain(|row| row.workload != workload.name() || !again.contains(&row.clients));
         for round in 1..=options.rounds {
             let begin = Instant::now();
             let mut trio = Trio::start(options, &node, sandbox, workload, place)
