@@ -31,7 +31,7 @@ help:
 	@echo 'make bench-cni  ADD and DEL of the plugin against the reference plugins, under four minutes (root)'
 	@echo 'make bench-shim the shim against containerd'"'"'s: memory of a pod, time of a container, under five minutes (root)'
 	@echo 'make soak       containers without end, twenty minutes (root)'
-	@echo 'make bench-apps   real programs under the stock runtime and under kbp, about twelve minutes (root)'
+	@echo 'make bench-apps   real programs under the stock runtime and under kbp, about twenty-five minutes, BENCH_ARGS="--only redis,tokio" for some (root)'
 	@echo 'make bench-poller workers and policies against stock and a spinner, under five minutes (root)'
 	@echo 'make bench-mode   busy-poll modes of servers on epoll at several loads, about eight minutes (root)'
 	@echo 'make bench-window busy-poll windows over pauses between requests, about twenty minutes, resumable (root)'
