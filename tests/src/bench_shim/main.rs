@@ -181,11 +181,13 @@ impl Bench<'_> {
                 sleeping.push((arm, id, pid));
             }
         }
-        let mut memory = Vec::new();
+        let (mut memory, mut silent) = (Vec::new(), Vec::new());
         for arm in Arm::ALL {
             let inits = sleeping.iter().filter(|(of, ..)| *of == arm);
             let inits: Vec<u32> = inits.map(|(_, _, pid)| *pid).collect();
-            memory.push((arm, memory::of_shims(&inits)?));
+            let shims = memory::shims_of(&inits)?;
+            memory.push((arm, memory::of_shims(&shims)?));
+            silent.push((arm, memory::silent_share(&shims)?));
         }
         let times = self.times()?;
         for (_, id, _) in &sleeping {
@@ -195,7 +197,7 @@ impl Bench<'_> {
         let ids: Vec<&str> = sleeping.iter().map(|(_, id, _)| id.as_str()).collect();
         let delete = ["containers", "delete"].into_iter().chain(ids);
         self.containerd.ctr(delete)?.success()?;
-        Ok(Scale::new(pods, &memory, &times))
+        Ok(Scale::new(pods, &memory, &silent, &times))
     }
 
     /// `true` under each arm, by turns.

@@ -3,10 +3,13 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use kbp_kernel::process;
 use serde::Serialize;
 
 /// How long processes are given to come to rest.
 const REST: Duration = Duration::from_secs(5);
+/// How long their CPU time is counted.
+const SILENCE: Duration = Duration::from_secs(5);
 /// How long they have to stay the same.
 const STILL: Duration = Duration::from_millis(1500);
 
@@ -22,12 +25,29 @@ pub(crate) struct Memory {
     pub(crate) threads: u64,
 }
 
-/// Memory of the shims whose containers' first processes are `inits`, once they are all at rest.
-pub(crate) fn of_shims(inits: &[u32]) -> Result<Vec<Memory>> {
-    let shims = inits
-        .iter()
-        .map(|init| number(&format!("/proc/{init}/status"), "PPid:"))
-        .collect::<Result<Vec<u64>>>()?;
+/// The shims whose containers' first processes are `inits`.
+pub(crate) fn shims_of(inits: &[u32]) -> Result<Vec<u64>> {
+    let parent = |init: &u32| number(&format!("/proc/{init}/status"), "PPid:");
+    inits.iter().map(parent).collect()
+}
+
+/// Share of one CPU that these processes use together, whose containers sleep.
+pub(crate) fn silent_share(shims: &[u64]) -> Result<f64> {
+    let used = || -> Result<Duration> {
+        let mut sum = Duration::ZERO;
+        for shim in shims {
+            sum += process::cpu_time_of_all(u32::try_from(*shim)?)?;
+        }
+        Ok(sum)
+    };
+    let (before, since) = (used()?, Instant::now());
+    // Not to await anything: the silence is what is measured.
+    std::thread::sleep(SILENCE);
+    Ok((used()? - before).as_secs_f64() / since.elapsed().as_secs_f64())
+}
+
+/// Memory of these shims, once they are all at rest.
+pub(crate) fn of_shims(shims: &[u64]) -> Result<Vec<Memory>> {
     let all = || {
         shims
             .iter()

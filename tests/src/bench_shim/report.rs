@@ -42,6 +42,8 @@ pub(crate) struct Row {
     pub(crate) memory: Memory,
     /// Largest resident set among them, in KiB.
     pub(crate) max_rss_kib: u64,
+    /// Share of one CPU that all these shims use while their containers sleep.
+    pub(crate) silent_share: f64,
     pub(crate) create_p50_ms: f64,
     pub(crate) start_p50_ms: f64,
     pub(crate) exit_p50_ms: f64,
@@ -63,6 +65,7 @@ impl Scale {
     pub(crate) fn new(
         pods: usize,
         memory: &[(Arm, Vec<Memory>)],
+        silent: &[(Arm, f64)],
         times: &[(Arm, Quantiles<Phases>)],
     ) -> Self {
         let rows = times.iter().map(|(arm, times)| {
@@ -84,6 +87,10 @@ impl Scale {
                     threads: middle(|m| m.threads),
                 },
                 max_rss_kib: shims.iter().map(|m| m.rss_kib).max().unwrap_or(0),
+                silent_share: silent
+                    .iter()
+                    .find(|(of, _)| of == arm)
+                    .map_or(0.0, |(_, share)| *share),
                 create_p50_ms: times.at(0.5, |p| p.create),
                 start_p50_ms: times.at(0.5, |p| p.start),
                 exit_p50_ms: times.at(0.5, |p| p.exit),
@@ -163,6 +170,17 @@ impl Report {
                 );
             }
         }
+        for scale in &self.scales {
+            for row in &scale.rows {
+                let _ = writeln!(
+                    text,
+                    "{} silent pods, {}: the shims use {:.2} % of a CPU",
+                    scale.pods,
+                    row.arm.name(),
+                    100.0 * row.silent_share
+                );
+            }
+        }
         text.push('\n');
         for (what, ratio) in self.ratios() {
             let _ = writeln!(text, "{what:<45} {ratio:.3}");
@@ -229,6 +247,7 @@ mod tests {
                 (Arm::Stock, vec![memory(1000), memory(3000), memory(2000)]),
                 (Arm::KbpOff, vec![memory(500)]),
             ],
+            &[(Arm::Stock, 0.25)],
             &[
                 (Arm::Stock, times(&[30, 10, 20])),
                 (Arm::KbpOff, times(&[10])),
@@ -236,6 +255,7 @@ mod tests {
         );
         let stock = scale.row(Arm::Stock).expect("a row");
         assert_eq!((stock.memory.rss_kib, stock.max_rss_kib), (2000, 3000));
+        assert_eq!(stock.silent_share, 0.25);
         assert_eq!(
             (stock.start_to_exit_p50_ms, stock.start_to_exit_p90_ms),
             (60.0, 90.0)
