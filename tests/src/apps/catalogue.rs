@@ -33,7 +33,7 @@ pub enum App {
     HaproxyThreads,
     /// PostgreSQL, loaded by `pgbench`, which waits in `poll`.
     Postgres,
-    /// PostgreSQL, loaded by a client with a thread for each connection, which blocks, as with JDBC.
+    /// PostgreSQL, loaded by a client with a thread for each connection, which blocks in reading from it.
     PostgresBlocking,
     /// A static binary written in C.
     StaticC,

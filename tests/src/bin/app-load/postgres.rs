@@ -1,4 +1,4 @@
-//! PostgreSQL's protocol, version 3, over sockets that block: as drivers such as JDBC's talk to it.
+//! PostgreSQL's protocol, version 3, over sockets that block, as drivers talk it that do without libpq, which waits in `poll`.
 //!
 //! Only what a simple query to a server that trusts everybody needs: https://www.postgresql.org/docs/current/protocol-message-formats.html
 
