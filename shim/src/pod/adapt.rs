@@ -34,8 +34,8 @@ const TRIED: Duration = Duration::from_millis(250);
 const FAR: Duration = Duration::from_millis(500);
 /// Most between looks at one that does nothing.
 const RARE: Duration = Duration::from_secs(1);
-/// Most between looks that are more than one at what it has run.
-pub(super) const WHOLE: Duration = Duration::from_secs(4);
+/// Most between looks at one that does nothing that are more than one at what it has run.
+pub(super) const WHOLE: Duration = Duration::from_secs(16);
 
 /// Time between looks in that which one took: of a container with many threads it is not little, and is taken from its own CPUs.
 const REST: u32 = 100;

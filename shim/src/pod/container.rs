@@ -288,9 +288,9 @@ mod tests {
         rest.looked = Some(at(500));
         assert!(rest.goes_on(ran(9), at(1000)));
         assert!(!rest.goes_on(ran(14), at(1500)), "a hundredth of a CPU");
-        assert!(rest.goes_on(ran(14), at(4499)));
-        assert!(!rest.goes_on(ran(14), at(4501)), "long ago");
-        assert!(!rest.goes_on(None, at(4502)), "nobody counts for it");
+        assert!(rest.goes_on(ran(14), at(16_499)));
+        assert!(!rest.goes_on(ran(14), at(16_501)), "long ago");
+        assert!(!rest.goes_on(None, at(16_502)), "nobody counts for it");
     }
 
     #[test]
