@@ -8,6 +8,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+/// Between two looks while something is awaited, at first and at most; it doubles each time. One that went on looking every 2 ms would force
+/// the programs that are measured off their CPU as often, and kbp would take their windows away for it.
+const SHORTEST: Duration = Duration::from_millis(2);
+const LONGEST: Duration = Duration::from_millis(32);
+
 /// A signal asked for the end.
 #[derive(Debug, thiserror::Error)]
 #[error("interrupted; everything that was made is removed")]
@@ -111,6 +116,7 @@ impl Interrupt {
         kill: bool,
     ) -> Result<ExitStatus> {
         let until = Instant::now() + limit;
+        let mut pause = SHORTEST;
         loop {
             if let Some(status) = child
                 .try_wait()
@@ -125,7 +131,8 @@ impl Interrupt {
                 interrupted?;
                 bail!("{name}: no end within {} s", limit.as_secs());
             }
-            std::thread::sleep(Duration::from_millis(2));
+            std::thread::sleep(pause);
+            pause = (2 * pause).min(LONGEST);
         }
     }
 
@@ -137,6 +144,7 @@ impl Interrupt {
         mut look: impl FnMut() -> Option<T>,
     ) -> Result<T> {
         let until = Instant::now() + limit;
+        let mut pause = SHORTEST;
         loop {
             self.check()?;
             if let Some(found) = look() {
@@ -145,7 +153,8 @@ impl Interrupt {
             if Instant::now() >= until {
                 bail!("{what} did not come within {} s", limit.as_secs());
             }
-            std::thread::sleep(Duration::from_millis(2));
+            std::thread::sleep(pause);
+            pause = (2 * pause).min(LONGEST);
         }
     }
 }
