@@ -108,8 +108,10 @@ impl Course {
                 }
             }
             Verdict::Stay => {
-                let neighbours = neighbours.filter(|_| self.may_widen());
-                let width = neighbours.and_then(|n| self.widening.judge(look, n, widest, now));
+                let width = match neighbours.filter(|_| self.may_widen()) {
+                    Some(neighbours) => self.widening.judge(look, neighbours, widest, now),
+                    None => self.widening.rests(look, now),
+                };
                 match width {
                     None => return false,
                     Some(Width::Plain) => self.decided.clone(),

@@ -170,6 +170,17 @@ impl Widening {
         }
     }
 
+    /// Judges where nobody knows who else is on its CPUs, as of a container at rest, which is seldom looked at: one that does nothing has no
+    /// wide window, whoever may be there.
+    pub(super) fn rests(&mut self, look: &Look, now: Instant) -> Option<Width> {
+        let runs = look.steps.values().any(|step| step.ran >= BUSY);
+        if runs || matches!(self.state, State::Plain) {
+            return None;
+        }
+        self.until = Some(now + SHORT_PAUSE);
+        Some(self.plain())
+    }
+
     /// Not everything could be given the new window: whether that was a wide one, which is not tried again soon.
     pub(super) fn gives_up(&mut self, now: Instant) -> bool {
         let wide = self.is_unsettled();
@@ -289,6 +300,20 @@ mod tests {
         }
         now += SHORT_PAUSE;
         tried(&mut widening, now);
+    }
+
+    #[test]
+    fn one_at_rest_has_no_wide_window_though_nobody_knows_its_neighbours() {
+        let mut widening = Widening::default();
+        let now = Instant::now();
+        assert_eq!(widening.rests(&look(&[]), now), None, "it has none");
+        tried(&mut widening, now);
+        let polls = look(&[(SERVER, step(0.85, 135.0))]);
+        assert_eq!(widening.rests(&polls, now), None, "it does something");
+        assert!(widening.is_unsettled());
+        let sleeps = look(&[(SERVER, step(0.001, 1.0))]);
+        assert_eq!(widening.rests(&sleeps, now), Some(Width::Plain));
+        assert!(!widening.is_unsettled());
     }
 
     #[test]
