@@ -1,6 +1,6 @@
 //! Whether a container keeps the window that was decided for it: not while it hurts.
 //!
-//! It is taken away when two looks in a row show harm ([`Look::harm`]), and given back after a pause that doubles each time, or when
+//! It is taken away when looks in a row show harm ([`Look::harm`]) for half a second, or two where there was some lately, and given back after a pause that doubles each time, or when
 //! the container does something else by then. What a trial costs those who are harmed is a twentieth of a second.
 
 use std::time::{Duration, Instant};
@@ -9,6 +9,9 @@ use crate::sockets::Look;
 
 /// Looks in a row that have to show harm.
 const STRIKES: u32 = 2;
+/// How long they have to show it where none was seen lately. Whatever starts a program beside it, a client that is executed in a pod for one, is
+/// in the way of who polls for some tenths of a second, and that is no neighbour.
+const LASTING: Duration = Duration::from_millis(450);
 /// Pause before the first trial.
 const FIRST_PAUSE: Duration = Duration::from_secs(10);
 /// Longest pause between two trials.
@@ -63,6 +66,8 @@ pub(super) enum Verdict {
 #[derive(Debug)]
 pub(super) struct Adaptive {
     strikes: u32,
+    /// When the first of them was seen.
+    struck: Option<Instant>,
     /// None while the window is there.
     away: Option<Away>,
     /// When it was taken away or given back last.
@@ -83,6 +88,7 @@ impl Default for Adaptive {
     fn default() -> Self {
         Self {
             strikes: 0,
+            struck: None,
             away: None,
             since: None,
             pause: FIRST_PAUSE,
@@ -103,8 +109,15 @@ impl Adaptive {
                     self.strikes = 0;
                     return Verdict::Stay;
                 };
+                if self.strikes == 0 {
+                    self.struck = Some(now);
+                }
                 self.strikes += 1;
-                if self.strikes < STRIKES {
+                let lasts = self
+                    .struck
+                    .is_some_and(|at| now.saturating_duration_since(at) >= LASTING);
+                let lately = self.since.is_some_and(|since| !proven(since));
+                if self.strikes < STRIKES || !(lasts || lately) {
                     return Verdict::Stay;
                 }
                 let reason = format!("{harm}; tried again in {} s", self.pause.as_secs());
@@ -222,7 +235,7 @@ mod tests {
     }
 
     fn taken_away(adaptive: &mut Adaptive, now: Instant) -> bool {
-        adaptive.judge(&look(1.0, true), now);
+        adaptive.judge(&look(1.0, true), now - LASTING);
         let verdict = adaptive.judge(&look(1.0, true), now);
         matches!(verdict, Verdict::TakeAway(reason) if reason.contains("harm"))
     }
@@ -246,6 +259,26 @@ mod tests {
         assert!(taken_away(&mut adaptive, now));
         now += FIRST_PAUSE;
         assert_eq!(adaptive.judge(&look(1.0, false), now), Verdict::GiveBack);
+    }
+
+    #[test]
+    fn what_starts_beside_it_is_no_neighbour_but_what_was_one_lately_is() {
+        let mut adaptive = Adaptive::default();
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        for ms in [0, 100, 200, 300, 400] {
+            assert_eq!(adaptive.judge(&look(1.0, true), at(ms)), Verdict::Stay);
+        }
+        assert_eq!(adaptive.judge(&look(1.0, false), at(500)), Verdict::Stay);
+        assert_eq!(adaptive.judge(&look(1.0, true), at(600)), Verdict::Stay);
+        assert!(taken_away(&mut adaptive, at(1050)));
+        let back = at(1050) + FIRST_PAUSE;
+        let verdict = adaptive.judge(&look(1.0, false), back);
+        assert_eq!(verdict, Verdict::GiveBack);
+        assert_eq!(adaptive.judge(&look(1.0, true), back), Verdict::Stay);
+        let soon = back + TRIAL;
+        let verdict = adaptive.judge(&look(1.0, true), soon);
+        assert!(matches!(verdict, Verdict::TakeAway(_)));
     }
 
     #[test]
